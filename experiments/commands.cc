@@ -1,0 +1,94 @@
+#include "experiments/commands.h"
+
+#include <cstdio>
+#include <exception>
+#include <new>
+#include <string_view>
+
+#include "experiments/version.h"
+
+namespace canopy {
+namespace {
+
+constexpr Command kCommands[] = {
+    {"run", "FILE.cfg [--key=value ...] [--dry-run]", "run an experiment or a sweep",
+     RunRunCommand},
+    {"generate", "--target DIR [--draft DIR] --prompt TEXT [--max-new-tokens N] ...",
+     "answer one prompt, streaming (`canopy generate --help`)", RunGenerateCommand},
+    {"golden", "--model DIR --golden FILE [--tolerance X] [--threads N]",
+     "compare a model with a file of logits from another implementation", RunGoldenCommand},
+    {"inspect", "DIR [--check]",
+     "architecture, layers, parameters and memory of a checkpoint; --check scans its weights",
+     RunInspectCommand},
+    {"list", "", "what there is: architectures, drafters, acceptance rules, config keys",
+     RunListCommand},
+};
+
+std::string OneLine(std::string_view text) {
+  std::string line(text);
+  for (char& c : line) {
+    if (c == '\n' || c == '\r') c = ' ';
+  }
+  return line;
+}
+
+void PrintHelp(FILE* out) {
+  std::fprintf(out,
+               "Canopy: speculative decoding with token trees.\n\n"
+               "usage: canopy COMMAND [ARGUMENTS]\n\n");
+  for (const Command& command : Commands()) {
+    std::fprintf(out, "  canopy %s %s\n      %s\n", command.name, command.usage, command.help);
+  }
+  std::fprintf(out, "  canopy help\n  canopy --version\n");
+}
+
+}  // namespace
+
+std::span<const Command> Commands() { return kCommands; }
+
+int ReportError(const char* command, const absl::Status& status) {
+  const std::string_view message(status.message().data(), status.message().size());
+  std::fprintf(stderr, "canopy %s: %s\n", command, OneLine(message).c_str());
+  return kExitError;
+}
+
+int ReportUsage(const char* command, const std::string& message) {
+  std::fprintf(stderr, "canopy %s: %s (see `canopy help`)\n", command, OneLine(message).c_str());
+  return kExitUsage;
+}
+
+int RunCanopy(std::span<const std::string> args) {
+  if (args.empty()) {
+    PrintHelp(stderr);
+    return kExitUsage;
+  }
+  const std::string& name = args[0];
+  if (name == "help" || name == "--help" || name == "-h") {
+    PrintHelp(stdout);
+    return kExitOk;
+  }
+  if (name == "--version" || name == "version") {
+    std::printf("canopy %s (%s)\n", kVersion, GitRevision());
+    return kExitOk;
+  }
+  for (const Command& command : Commands()) {
+    if (name != command.name) continue;
+    try {
+      const int code = command.run(args.subspan(1));
+      const bool lost = std::fflush(stdout) != 0 || std::ferror(stdout) != 0;
+      if (lost && code == kExitOk) {
+        return ReportError(command.name, absl::DataLossError("cannot write to standard output"));
+      }
+      return code;
+    } catch (const std::bad_alloc&) {
+      return ReportError(command.name, absl::ResourceExhaustedError("out of memory"));
+    } catch (const std::exception& error) {
+      return ReportError(command.name, absl::InternalError(error.what()));
+    }
+  }
+  std::fprintf(stderr, "canopy: there is no command '%s' (see `canopy help`)\n",
+               OneLine(name).c_str());
+  return kExitUsage;
+}
+
+}  // namespace canopy

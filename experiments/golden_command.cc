@@ -1,0 +1,74 @@
+// canopy golden: compares a model with what another implementation computes for it.
+
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <sstream>
+#include <vector>
+
+#include "boost/program_options.hpp"
+#include "core/cpu_backend.h"
+#include "experiments/commands.h"
+#include "models/golden.h"
+#include "models/loader.h"
+
+namespace canopy {
+namespace {
+
+namespace po = boost::program_options;
+
+struct GoldenOptions {
+  std::string model;
+  std::string golden;
+  double tolerance = 2e-3;
+  int threads = 0;
+};
+
+absl::StatusOr<GoldenReport> Compare(const GoldenOptions& options) {
+  ASSIGN_OR_RETURN(const std::unique_ptr<CpuBackend> backend, CpuBackend::Create(options.threads));
+  ASSIGN_OR_RETURN(const std::unique_ptr<LanguageModel> model, LoadModel(*backend, options.model));
+  return CompareWithGolden(*model, options.golden, options.tolerance);
+}
+
+}  // namespace
+
+int RunGoldenCommand(std::span<const std::string> args) {
+  GoldenOptions options;
+  po::options_description flags("canopy golden --model DIR --golden FILE");
+  flags.add_options()("help", "prints this")("model", po::value(&options.model)->required(),
+                                             "checkpoint folder")(
+      "golden", po::value(&options.golden)->required(), "golden file (safetensors)")(
+      "tolerance", po::value(&options.tolerance)->default_value(options.tolerance, "0.002"),
+      "greatest difference of a logit that passes")(
+      "threads", po::value(&options.threads)->default_value(0), "0: one a core");
+  try {
+    po::variables_map values;
+    po::store(po::command_line_parser(std::vector<std::string>(args.begin(), args.end()))
+                  .options(flags)
+                  .positional({})
+                  .run(),
+              values);
+    if (values.count("help") > 0) {
+      std::ostringstream text;
+      text << flags;
+      std::fputs(text.str().c_str(), stdout);
+      return kExitOk;
+    }
+    po::notify(values);
+  } catch (const po::error& error) {
+    return ReportUsage("golden", error.what());
+  }
+  if (!(options.tolerance >= 0)) return ReportUsage("golden", "--tolerance must be 0 or more");
+  if (options.threads < 0) return ReportUsage("golden", "--threads must be 0 or more");
+
+  const absl::StatusOr<GoldenReport> report = Compare(options);
+  if (!report.ok()) return ReportError("golden", report.status());
+  std::printf("%s\n", report->ToJson().c_str());
+  if (report->passed) return kExitOk;
+  return ReportError("golden", absl::FailedPreconditionError(absl::StrCat(
+                                   options.model, " differs from ", options.golden,
+                                   ": an error is above the tolerance ", options.tolerance,
+                                   ", or a greedy id differs where it should not")));
+}
+
+}  // namespace canopy
