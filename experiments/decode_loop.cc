@@ -144,6 +144,10 @@ absl::Status DecodeLoop::DecodeOne(const DecodeRequest& request, Generation* out
         "the prompt has ", prompt_size, " tokens, and the model (", target_->info().path,
         ") has positions for ", limit, "; shorten it or take a model with a longer context"));
   }
+  if (request.drafter == nullptr || request.rule == nullptr) {
+    return absl::InvalidArgumentError(
+        "a request names a drafter and an acceptance rule; plain decoding has the drafter \"none\"");
+  }
   if (request.max_nodes > max_nodes_) {
     return absl::InvalidArgumentError(absl::StrCat(
         "trees of ", request.max_nodes, " nodes, where the loop was made for ", max_nodes_));

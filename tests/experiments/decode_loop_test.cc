@@ -341,6 +341,17 @@ TEST_F(DecodeLoopTest, TheSinkSeesEveryTokenAndWhoseItIs) {
   EXPECT_THAT(collector.drafted, ElementsAre(3, 3, 1));
 }
 
+TEST_F(DecodeLoopTest, RefusesARequestWithoutDrafterOrRule) {
+  const std::vector<TokenId> prompt = {TokenId(1)};
+  DecodeRequest request;
+  request.prompt = prompt;
+  Generation out;
+  const auto loop = *DecodeLoop::Create(*model_, 64);
+  const absl::Status status = loop->Decode({&request, 1}, {&out, 1});
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("names a drafter"));
+}
+
 TEST_F(DecodeLoopTest, StopsAfterTheRoundInWhichItIsAskedTo) {
   const std::vector<TokenId> truth = Naive(20);
   std::atomic<bool> stop{false};

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/cpu_backend.h"
+#include "drafting/registry.h"
 #include "experiments/commands.h"
 #include "experiments/decode_loop.h"
 #include "gmock/gmock.h"
@@ -107,9 +108,11 @@ TEST(DecodeLoop, StopsAtLogitsThatAreNotNumbers) {
   ASSERT_TRUE(model.ok()) << model.status();
   const auto loop = *DecodeLoop::Create(**model, 64);
   const auto rule = *MakeAcceptanceRule("greedy");
+  const auto drafter = *MakeDrafter("none", {});
   const std::vector<TokenId> prompt = {TokenId(1), TokenId(9), TokenId(10)};
   DecodeRequest request;
   request.prompt = prompt;
+  request.drafter = drafter.get();
   request.rule = rule.get();
   Generation out;
   const absl::Status status = loop->Decode({&request, 1}, {&out, 1});
