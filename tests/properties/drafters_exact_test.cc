@@ -22,11 +22,14 @@
 namespace canopy {
 namespace {
 
-// Sanitizers slow a pass down some tenfold, so fewer questions are asked under them.
+// Sanitizers slow a pass down some tenfold, so fewer questions are asked under them: too few for a
+// drafter to be sure of an accepted token.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kAllQuestions = false;
 constexpr int kEvery = 12;
 constexpr int kNewTokens = 16;
 #else
+constexpr bool kAllQuestions = true;
 constexpr int kEvery = 1;
 constexpr int kNewTokens = 32;
 #endif
@@ -109,7 +112,7 @@ class DraftersExact : public ::testing::TestWithParam<Case> {
     return texts;
   }
 
-  // Every method's text equals that of plain decoding, and the drafts are of some use.
+  // Every method's text equals that of plain decoding, and of all questions some draft is accepted.
   void ExpectSameText(const std::string& rule, double temperature) {
     int64_t plain_rounds = 0;
     const auto expected = Generate({"none", "chain:1"}, rule, temperature, &plain_rounds);
@@ -133,8 +136,10 @@ class DraftersExact : public ::testing::TestWithParam<Case> {
             << " from token " << differs.first - got[i].begin() << " of " << expected[i].size()
             << " behind a prompt of " << prompts_[i].size();
       }
-      EXPECT_LT(rounds, plain_rounds)
-          << method.kind << " " << method.shape << ": nothing was accepted";
+      if (kAllQuestions) {
+        EXPECT_LT(rounds, plain_rounds)
+            << method.kind << " " << method.shape << ": nothing was accepted";
+      }
     }
   }
 
