@@ -1,9 +1,8 @@
 // The decode loop: draft, verify, accept, commit, until an end-of-text token or a limit.
 //
-// Counting (docs/architecture.md, "Counting"): a round is one verify pass; its accept length is the
-// number of tokens that it adds to the output, so the accept lengths of a generation sum to its
-// tokens. An end-of-text token is output; what the tree held after it is neither output nor
-// counted.
+// Counting (docs/results.md): a round is one verify pass; its accept length is the number of tokens
+// that it adds to the output, so the accept lengths of a generation sum to its tokens. An
+// end-of-text token is output; what the tree held after it is neither output nor counted.
 
 #ifndef CANOPY_EXPERIMENTS_DECODE_LOOP_H_
 #define CANOPY_EXPERIMENTS_DECODE_LOOP_H_
