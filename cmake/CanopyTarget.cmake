@@ -4,8 +4,16 @@ add_library(canopy_options INTERFACE)
 # Contraction is off because whether a compiler fuses a*b+c may differ from loop to loop, and a
 # node's bits must not depend on which loop computed it; fused multiply-adds are written as such.
 # Options are structs whose fields have defaults, so naming only some of them is meant.
-target_compile_options(canopy_options INTERFACE -Wall -Wextra -Wno-missing-field-initializers
-                       -Werror=return-type -ffp-contract=off)
+target_compile_options(canopy_options INTERFACE
+                       $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wno-missing-field-initializers
+                       -Werror=return-type -ffp-contract=off>)
+if(CANOPY_HAS_CUDA)
+  target_compile_definitions(canopy_options INTERFACE CANOPY_CUDA)
+  # Warning 554 is about a view's conversion to a read-only view of its own type.
+  target_compile_options(canopy_options INTERFACE
+                         $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --diag-suppress=554>)
+  target_link_libraries(canopy_options INTERFACE CUDA::cudart_static)
+endif()
 if(CANOPY_SANITIZE)
   # Undefined behaviour ends the program as an address error does, so that a test fails by it. Line
   # tables are all that a report needs of the debug information.
@@ -22,6 +30,10 @@ function(canopy_library folder)
   cmake_parse_arguments(arg "" "" "DEPS" ${ARGN})
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/${folder}/*.cc)
   list(FILTER sources EXCLUDE REGEX "/main\\.cc$")
+  if(CANOPY_HAS_CUDA)
+    file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/${folder}/*.cu)
+    list(APPEND sources ${cuda_sources})
+  endif()
   set(layer ${CMAKE_BINARY_DIR}/layers/${folder})
   file(MAKE_DIRECTORY ${layer})
   file(CREATE_LINK ${CMAKE_SOURCE_DIR}/${folder} ${layer}/${folder} SYMBOLIC)

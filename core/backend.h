@@ -19,12 +19,15 @@ struct MemoryStats {
   uint64_t allocations = 0;  // since the backend was made
 };
 
+enum class DeviceKind { kCpu, kCuda };
+
 // Operators are free functions that are overloaded on the concrete backend (core/ops/, verify/), so
 // this interface holds only what every device has. Thread-safe. Must outlive all its buffers.
 class Backend {
  public:
   virtual ~Backend() = default;
 
+  virtual DeviceKind kind() const = 0;
   // "cpu (AVX3, 2 threads)": goes into records.
   virtual std::string Description() const = 0;
   // Zeroed and 64-byte aligned. ResourceExhausted names the size asked for and what is in use.

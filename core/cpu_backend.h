@@ -19,6 +19,7 @@ class CpuBackend final : public Backend {
 
   ~CpuBackend() override;
 
+  DeviceKind kind() const override { return DeviceKind::kCpu; }
   std::string Description() const override;
   // Buffers of 64 KiB and more lie in huge pages where the system grants them: streaming weights
   // from small pages costs a third of the bandwidth.

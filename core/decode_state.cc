@@ -13,9 +13,36 @@ void CopyTensor(const Tensor& from, Tensor& to) {
 
 }  // namespace
 
+void LayerStorage::Clear() {
+  // The first fold starts from the checkpoint before position 0, which is zero. Everything else is
+  // written before it is read.
+  for (LayerState& layer : layers) {
+    const Tensor& first = layer.recurrent.checkpoints[0];
+    if (first.bytes() != 0) std::memset(first.view().data, 0, first.bytes());
+  }
+}
+
+absl::Status LayerStorage::CopyFrom(const StateStorage& other) {
+  const auto& source = static_cast<const LayerStorage&>(other);
+  CHECK(source.layers.size() == layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const LayerState& from = source.layers[i];
+    LayerState& to = layers[i];
+    CopyTensor(from.attention.key_blocks, to.attention.key_blocks);
+    CopyTensor(from.attention.pending_keys, to.attention.pending_keys);
+    CopyTensor(from.attention.values, to.attention.values);
+    for (int c : {0, 1}) CopyTensor(from.recurrent.checkpoints[c], to.recurrent.checkpoints[c]);
+    CopyTensor(from.recurrent.inputs, to.recurrent.inputs);
+    CopyTensor(from.recurrent.keys, to.recurrent.keys);
+    CopyTensor(from.recurrent.log_decay, to.recurrent.log_decay);
+    CopyTensor(from.conv.rows, to.conv.rows);
+  }
+  return absl::OkStatus();
+}
+
 DecodeState::DecodeState(const LanguageModel* model, const StateOptions& options,
-                         std::vector<LayerState> layers, StateMemory memory)
-    : model_(model), options_(options), layers_(std::move(layers)), memory_(memory) {
+                         std::unique_ptr<StateStorage> storage, StateMemory memory)
+    : model_(model), options_(options), storage_(std::move(storage)), memory_(memory) {
   tokens_.reserve(options.max_pending);
   parents_.reserve(options.max_pending);
   depths_.reserve(options.max_pending);
@@ -53,28 +80,12 @@ void DecodeState::DropPendingFrom(int nodes) {
 void DecodeState::Reset() {
   DropPending();
   position_ = 0;
-  // The first fold starts from the checkpoint before position 0, which is zero. Everything else is
-  // written before it is read.
-  for (LayerState& layer : layers_) {
-    const Tensor& first = layer.recurrent.checkpoints[0];
-    if (first.bytes() != 0) std::memset(first.view().data, 0, first.bytes());
-  }
+  if (storage_ != nullptr) storage_->Clear();
 }
 
 absl::StatusOr<std::unique_ptr<DecodeState>> DecodeState::Fork() const {
   ASSIGN_OR_RETURN(std::unique_ptr<DecodeState> fork, model_->NewState(options_));
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    const LayerState& from = layers_[i];
-    LayerState& to = fork->layers_[i];
-    CopyTensor(from.attention.key_blocks, to.attention.key_blocks);
-    CopyTensor(from.attention.pending_keys, to.attention.pending_keys);
-    CopyTensor(from.attention.values, to.attention.values);
-    for (int c : {0, 1}) CopyTensor(from.recurrent.checkpoints[c], to.recurrent.checkpoints[c]);
-    CopyTensor(from.recurrent.inputs, to.recurrent.inputs);
-    CopyTensor(from.recurrent.keys, to.recurrent.keys);
-    CopyTensor(from.recurrent.log_decay, to.recurrent.log_decay);
-    CopyTensor(from.conv.rows, to.conv.rows);
-  }
+  if (storage_ != nullptr) RETURN_IF_ERROR(fork->storage_->CopyFrom(*storage_));
   fork->position_ = position_;
   fork->tokens_.assign(tokens_.begin(), tokens_.end());
   fork->parents_.assign(parents_.begin(), parents_.end());

@@ -77,6 +77,27 @@ struct LayerState {
   ConvState conv;
 };
 
+// Where a model keeps a sequence: its layers' tensors on its device.
+class StateStorage {
+ public:
+  virtual ~StateStorage() = default;
+  // An empty prefix: what is read before it is written becomes zero. A fault of the device is
+  // reported by the next pass.
+  virtual void Clear() = 0;
+  // `from` was made by the same model with the same options.
+  virtual absl::Status CopyFrom(const StateStorage& from) = 0;
+};
+
+// Of the CPU.
+class LayerStorage final : public StateStorage {
+ public:
+  explicit LayerStorage(std::vector<LayerState> l) : layers(std::move(l)) {}
+  void Clear() override;
+  absl::Status CopyFrom(const StateStorage& from) override;
+
+  std::vector<LayerState> layers;
+};
+
 struct StateMemory {
   size_t checkpoint_bytes = 0;  // recurrent checkpoints and the convolution's tail
   size_t ring_bytes = 0;        // rows of committed positions that are not folded yet
@@ -90,7 +111,7 @@ class DecodeState {
  public:
   // Used by LanguageModel::NewState.
   DecodeState(const LanguageModel* model, const StateOptions& options,
-              std::vector<LayerState> layers, StateMemory memory);
+              std::unique_ptr<StateStorage> storage, StateMemory memory);
   DecodeState(const DecodeState&) = delete;
   DecodeState& operator=(const DecodeState&) = delete;
 
@@ -117,15 +138,14 @@ class DecodeState {
   absl::StatusOr<std::unique_ptr<DecodeState>> Fork() const;
 
   // For models: the storage and the bookkeeping of a pass.
-  std::vector<LayerState>& layers() { return layers_; }
-  const std::vector<LayerState>& layers() const { return layers_; }
+  StateStorage& storage() { return *storage_; }
   void AddPending(TokenId token, NodeId parent);
   void Advance(int positions) { position_ += positions; }
 
  private:
   const LanguageModel* model_;
   StateOptions options_;
-  std::vector<LayerState> layers_;
+  std::unique_ptr<StateStorage> storage_;
   StateMemory memory_;
   int position_ = 0;
   std::vector<TokenId> tokens_;

@@ -32,7 +32,12 @@ struct ModelInfo {
   size_t weight_bytes = 0;       // on the backend, padding included
   std::vector<std::string> layer_kinds;  // "ssd", "attention", ... one a layer
   std::vector<TokenId> eos_tokens;       // generation_config.json's, else config.json's
+  // Logits are far from the host: where a few greatest tokens will do, ask for `top` instead.
+  bool prefers_top = false;
+  int max_nodes = INT32_MAX;  // pending in a state
 };
+
+inline constexpr int kMaxTop = 32;
 
 enum class LogitsOf { kNone, kLast, kAll };
 
@@ -47,6 +52,9 @@ struct ForwardItem {
   // The nodes are a chain under the prefix that is committed as it is computed: how a prompt is
   // read. Any length that fits the state; the state must have no pending nodes.
   bool commit_chain = false;
+  // Above 0 (at most kMaxTop): instead of the logits, the tokens of the `top` greatest, best first;
+  // of equals the lower id. The same for all items of a call. For models with prefers_top.
+  int top = 0;
 };
 
 // Scratch memory of passes, made by the model for a number of rows. Reused from pass to pass, so
@@ -62,6 +70,8 @@ struct ForwardResult {
   ConstMatrix logits;
   // First row of each item: valid as long as logits.
   std::span<const int> first_row;
+  // [rows asked for, top], with `top` set; -1 where a row has logits that are not numbers.
+  std::span<const TokenId> top;
 };
 
 // Const after loading and safe from several threads with a workspace and states of their own,

@@ -24,17 +24,19 @@ void AddCounts(const std::array<NodeCounts, kSize>& counts, size_t first,
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<ModelStore>> ModelStore::Create(int threads, int max_nodes) {
+absl::StatusOr<std::unique_ptr<ModelStore>> ModelStore::Create(const ExperimentConfig& config,
+                                                               int max_nodes) {
   std::unique_ptr<ModelStore> store(new ModelStore());
   store->max_nodes_ = max_nodes;
-  ASSIGN_OR_RETURN(store->backend_, CpuBackend::Create(threads));
+  store->dtype_ = config.run_dtype;
+  ASSIGN_OR_RETURN(store->backend_, MakeBackend(config.run_device, config.run_threads));
   return store;
 }
 
 absl::StatusOr<const LanguageModel*> ModelStore::Model(const std::string& folder) {
   std::unique_ptr<LanguageModel>& model = models_[folder];
   if (model == nullptr) {
-    ASSIGN_OR_RETURN(model, LoadModel(*backend_, folder));
+    ASSIGN_OR_RETURN(model, LoadModel(*backend_, folder, dtype_));
   }
   return model.get();
 }

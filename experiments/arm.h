@@ -29,10 +29,12 @@ namespace canopy {
 // Models, tokenizers and decode loops by folder, each loaded once. Must outlive what it hands out.
 class ModelStore {
  public:
-  // threads: as run.threads. max_nodes: of the largest tree of any arm.
-  static absl::StatusOr<std::unique_ptr<ModelStore>> Create(int threads, int max_nodes);
+  // device, dtype and threads: as run.device, run.dtype and run.threads. max_nodes: of the largest
+  // tree of any arm.
+  static absl::StatusOr<std::unique_ptr<ModelStore>> Create(const ExperimentConfig& config,
+                                                            int max_nodes);
 
-  CpuBackend& backend() { return *backend_; }
+  Backend& backend() { return *backend_; }
   absl::StatusOr<const LanguageModel*> Model(const std::string& folder);
   absl::StatusOr<const Tokenizer*> TokenizerOf(const std::string& folder);
   // One loop a target: arms take turns with it.
@@ -44,7 +46,8 @@ class ModelStore {
   ModelStore() = default;
 
   int max_nodes_ = 0;
-  std::unique_ptr<CpuBackend> backend_;
+  std::string dtype_;
+  std::unique_ptr<Backend> backend_;
   std::map<std::string, std::unique_ptr<LanguageModel>> models_;
   std::map<std::string, std::unique_ptr<Tokenizer>> tokenizers_;
   std::map<std::string, std::unique_ptr<DecodeLoop>> loops_;

@@ -88,8 +88,10 @@ constexpr ConfigKey kKeys[] = {
     {"suite.template", &C::suite_template, kAny, kAny,
      "built-in chat template: vicuna, llama-2, llama-3 or chatml; empty: the model's own", kOnce,
      kText, KeyScope::kAll},
-    {"run.device", &C::run_device, kAny, kAny, "where the models run", kOnce, kText,
+    {"run.device", &C::run_device, kAny, kAny, "where the models run: cpu, cuda or cuda:N", kOnce, kText,
      KeyScope::kAll},
+    {"run.dtype", &C::run_dtype, kAny, kAny,
+     "of weights and activations on a GPU; auto is the checkpoint's", kOnce, kText, KeyScope::kAll},
     {"run.threads", &C::run_threads, 0, 1024, "0: one for each core that the process may use",
      kOnce, kText, KeyScope::kAll},
     {"run.baseline", &C::run_baseline, kAny, kAny,
@@ -125,7 +127,7 @@ std::vector<std::string> Choices(const ConfigKey& key) {
     choices.insert(choices.begin(), "");
     return choices;
   }
-  if (name == "run.device") return {"cpu"};
+  if (name == "run.dtype") return {"auto", "bf16", "f32"};
   return {};
 }
 

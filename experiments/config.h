@@ -61,6 +61,7 @@ struct ExperimentConfig {
   std::string suite_template;
 
   std::string run_device = "cpu";
+  std::string run_dtype = "auto";
   int run_threads = 0;
   bool run_baseline = true;
   int run_warmup = 1;

@@ -104,7 +104,7 @@ void PrintStats(const Generation& generation, int prompt_tokens) {
 absl::StatusOr<Finish> Generate(const ExperimentConfig& config, const std::string& prompt_text,
                                 bool raw, bool stats) {
   ASSIGN_OR_RETURN(const std::unique_ptr<ModelStore> store,
-                   ModelStore::Create(config.run_threads, config.tree_nodes));
+                   ModelStore::Create(config, config.tree_nodes));
   ASSIGN_OR_RETURN(const Tokenizer* const tokenizer, store->TokenizerOf(config.target_model));
   ArmOptions options;
   options.use_template = !raw;

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "boost/program_options.hpp"
-#include "core/cpu_backend.h"
 #include "experiments/commands.h"
 #include "models/golden.h"
 #include "models/loader.h"
@@ -21,12 +20,16 @@ struct GoldenOptions {
   std::string model;
   std::string golden;
   double tolerance = 2e-3;
+  std::string device = "cpu";
+  std::string dtype = "auto";
   int threads = 0;
 };
 
 absl::StatusOr<GoldenReport> Compare(const GoldenOptions& options) {
-  ASSIGN_OR_RETURN(const std::unique_ptr<CpuBackend> backend, CpuBackend::Create(options.threads));
-  ASSIGN_OR_RETURN(const std::unique_ptr<LanguageModel> model, LoadModel(*backend, options.model));
+  ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend,
+                   MakeBackend(options.device, options.threads));
+  ASSIGN_OR_RETURN(const std::unique_ptr<LanguageModel> model,
+                   LoadModel(*backend, options.model, options.dtype));
   return CompareWithGolden(*model, options.golden, options.tolerance);
 }
 
@@ -40,7 +43,9 @@ int RunGoldenCommand(std::span<const std::string> args) {
       "golden", po::value(&options.golden)->required(), "golden file (safetensors)")(
       "tolerance", po::value(&options.tolerance)->default_value(options.tolerance, "0.002"),
       "greatest difference of a logit that passes")(
-      "threads", po::value(&options.threads)->default_value(0), "0: one a core");
+      "device", po::value(&options.device)->default_value(options.device), "cpu, cuda or cuda:N")(
+      "dtype", po::value(&options.dtype)->default_value(options.dtype),
+      "on a GPU: auto, bf16 or f32")("threads", po::value(&options.threads)->default_value(0), "0: one a core");
   try {
     po::variables_map values;
     po::store(po::command_line_parser(std::vector<std::string>(args.begin(), args.end()))

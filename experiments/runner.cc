@@ -222,7 +222,7 @@ class Runner {
     if (missing > 0) {
       int max_nodes = 1;
       ForEachArm([&](Arm& arm) { max_nodes = std::max(max_nodes, arm.config.tree_nodes); });
-      ASSIGN_OR_RETURN(models_, ModelStore::Create(first_.run_threads, max_nodes));
+      ASSIGN_OR_RETURN(models_, ModelStore::Create(first_, max_nodes));
       RETURN_IF_ERROR(LoadArms(file));
       RETURN_IF_ERROR(WarmUp());
       const int64_t total = Total();

@@ -10,6 +10,7 @@
 #include "core/ops/matmul.h"
 #include "core/ops/norm.h"
 #include "core/ops/rope.h"
+#include "models/forward_check.h"
 #include "verify/tree_attention.h"
 #include "verify/tree_conv.h"
 #include "verify/tree_plan.h"
@@ -17,11 +18,6 @@
 
 namespace canopy {
 namespace {
-
-// Kernels read whole vectors past a vector's last element.
-void Pad(std::vector<float>& values) {
-  values.resize(PaddedColumns(static_cast<int>(values.size())), 0.0f);
-}
 
 ConstMatrix AsRow(const std::vector<float>& padded, int columns) {
   return {padded.data(), 1, columns, static_cast<int64_t>(padded.size())};
@@ -37,6 +33,10 @@ AttentionShape ShapeOf(const AttentionSpec& spec) {
 
 SsdShape ShapeOf(const SsdSpec& spec) {
   return {spec.heads, spec.head_dim, spec.groups, spec.d_state};
+}
+
+std::vector<LayerState>& LayersOf(DecodeState& state) {
+  return static_cast<LayerStorage&>(state.storage()).layers;
 }
 
 // Memory of passes of at most max_rows rows. Matrices have one row more than they use, since
@@ -78,8 +78,6 @@ class Decoder final : public LanguageModel {
  private:
   absl::Status CommitRows(DecodeState& state, std::span<const NodeId> path) const override;
 
-  absl::Status Validate(std::span<const ForwardItem> items, const DecoderWorkspace& ws) const;
-  absl::Status ValidateItem(const ForwardItem& item) const;
   // All items in one pass; their rows fit the workspace.
   absl::StatusOr<ForwardResult> Pass(std::span<const ForwardItem> items,
                                      DecoderWorkspace& ws) const;
@@ -100,95 +98,15 @@ class Decoder final : public LanguageModel {
   SsdShape widest_ssd_;  // the greatest of each dimension
 };
 
-absl::Status Mismatch(int layer, std::string_view what, int64_t got, int64_t expected) {
-  return absl::InvalidArgumentError(
-      absl::StrCat("layer ", layer, ": ", std::string(what), " is ", got, ", expected ", expected));
-}
-
-#define CHECK_DIM(what, got, expected)                             \
-  if (static_cast<int64_t>(got) != static_cast<int64_t>(expected)) \
-  return Mismatch(layer, what, got, expected)
-
 absl::Status Decoder::Prepare() {
-  ModelInfo& info = spec_.info;
-  const int hidden = info.hidden_size;
-  info.layers = static_cast<int>(spec_.blocks.size());
-  info.layer_kinds.clear();
-  info.weight_bytes = spec_.head.bytes() + (spec_.embedding ? spec_.embedding->bytes() : 0);
-  info.layer_parameters = 0;
-  const auto count_matrices = [&info](std::initializer_list<const PackedMatrix*> matrices) {
-    for (const PackedMatrix* m : matrices) {
-      info.layer_parameters += int64_t{m->out_features()} * m->in_features();
-      info.weight_bytes += m->bytes();
-    }
-  };
-  const auto vector_bytes = [](std::initializer_list<const std::vector<float>*> vectors) {
-    size_t bytes = 0;
-    for (const std::vector<float>* v : vectors) bytes += v->size() * sizeof(float);
-    return bytes;
-  };
-  int layer = 0;
-  for (BlockSpec& block : spec_.blocks) {
-    CHECK_DIM("norm weight's length", block.norm.weight.size(), hidden);
-    Pad(block.norm.weight);
-    info.weight_bytes += vector_bytes({&block.norm.weight});
-    if (auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
-      info.layer_kinds.push_back("attention");
-      if (attention->heads < 1 || attention->kv_heads < 1 ||
-          attention->heads % attention->kv_heads != 0) {
-        return absl::InvalidArgumentError(absl::StrCat("layer ", layer, ": ", attention->heads,
-                                                       " heads do not divide into ",
-                                                       attention->kv_heads, " KV heads"));
-      }
-      const int rows = (attention->heads + 2 * attention->kv_heads) * attention->head_dim;
-      CHECK_DIM("qkv rows", attention->qkv.out_features(), rows);
-      CHECK_DIM("qkv columns", attention->qkv.in_features(), hidden);
-      CHECK_DIM("attention output rows", attention->out.out_features(), hidden);
-      CHECK_DIM("attention output columns", attention->out.in_features(),
-                attention->heads * attention->head_dim);
-      widest_projection_ = std::max(widest_projection_, rows);
+  RETURN_IF_ERROR(PrepareSpec(spec_));
+  for (const BlockSpec& block : spec_.blocks) {
+    if (const auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
+      widest_projection_ = std::max(widest_projection_, attention->qkv.out_features());
       widest_middle_ = std::max(widest_middle_, attention->heads * attention->head_dim);
-      count_matrices({&attention->qkv, &attention->out});
-      for (std::vector<float>* v :
-           {&attention->qkv_bias, &attention->out_bias, &attention->q_norm, &attention->k_norm}) {
-        Pad(*v);
-        info.weight_bytes += vector_bytes({v});
-      }
     } else {
-      SsdSpec& ssd = std::get<SsdSpec>(block.mixer);
-      info.layer_kinds.push_back("ssd");
-      if (ssd.heads < 1 || ssd.groups < 1 || ssd.heads % ssd.groups != 0) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            "layer ", layer, ": ", ssd.heads, " heads do not divide into ", ssd.groups, " groups"));
-      }
-      const int rows = ssd.inner() + ssd.channels() + ssd.heads;
-      CHECK_DIM("in_proj rows", ssd.in_proj.out_features(), rows);
-      CHECK_DIM("in_proj columns", ssd.in_proj.in_features(), hidden);
-      CHECK_DIM("out_proj rows", ssd.out_proj.out_features(), hidden);
-      CHECK_DIM("out_proj columns", ssd.out_proj.in_features(), ssd.inner());
-      CHECK_DIM("conv weight's length", ssd.conv_weight.size(), ssd.conv_kernel * ssd.channels());
-      CHECK_DIM("A_log's length", ssd.A.size(), ssd.heads);
-      CHECK_DIM("D's length", ssd.D.size(), ssd.heads);
-      CHECK_DIM("dt_bias's length", ssd.dt_bias.size(), ssd.heads);
-      CHECK_DIM("gated norm's length", ssd.norm_weight.size(), ssd.inner());
-      if (ssd.conv_bias.empty()) ssd.conv_bias.resize(ssd.channels(), 0.0f);
-      CHECK_DIM("conv bias's length", ssd.conv_bias.size(), ssd.channels());
-      // Rows of whole vectors.
-      const int stride = PaddedColumns(ssd.channels());
-      std::vector<float> padded(static_cast<size_t>(ssd.conv_kernel) * stride, 0.0f);
-      for (int k = 0; k < ssd.conv_kernel; ++k) {
-        std::copy_n(ssd.conv_weight.begin() + static_cast<size_t>(k) * ssd.channels(),
-                    ssd.channels(), padded.begin() + static_cast<size_t>(k) * stride);
-      }
-      ssd.conv_weight = std::move(padded);
-      for (std::vector<float>* v : {&ssd.in_proj_bias, &ssd.conv_bias, &ssd.A, &ssd.D, &ssd.dt_bias,
-                                    &ssd.norm_weight, &ssd.out_proj_bias}) {
-        Pad(*v);
-        info.weight_bytes += vector_bytes({v});
-      }
-      info.weight_bytes += vector_bytes({&ssd.conv_weight});
-      count_matrices({&ssd.in_proj, &ssd.out_proj});
-      widest_projection_ = std::max(widest_projection_, rows);
+      const SsdSpec& ssd = std::get<SsdSpec>(block.mixer);
+      widest_projection_ = std::max(widest_projection_, ssd.in_proj.out_features());
       widest_middle_ = std::max(widest_middle_, ssd.inner());
       widest_channels_ = std::max(widest_channels_, ssd.channels());
       widest_ssd_.heads = std::max(widest_ssd_.heads, ssd.heads);
@@ -197,52 +115,16 @@ absl::Status Decoder::Prepare() {
       widest_ssd_.d_state = std::max(widest_ssd_.d_state, ssd.d_state);
     }
     if (block.mlp) {
-      MlpSpec& mlp = *block.mlp;
-      if (!block.mlp_norm)
-        return absl::InvalidArgumentError(absl::StrCat("layer ", layer, ": no MLP norm"));
-      CHECK_DIM("MLP norm weight's length", block.mlp_norm->weight.size(), hidden);
-      CHECK_DIM("gate and up rows", mlp.gate_up.out_features(), 2 * mlp.intermediate);
-      CHECK_DIM("gate and up columns", mlp.gate_up.in_features(), hidden);
-      CHECK_DIM("down rows", mlp.down.out_features(), hidden);
-      CHECK_DIM("down columns", mlp.down.in_features(), mlp.intermediate);
-      for (std::vector<float>* v : {&block.mlp_norm->weight, &mlp.gate_up_bias, &mlp.down_bias}) {
-        Pad(*v);
-        info.weight_bytes += vector_bytes({v});
-      }
-      count_matrices({&mlp.gate_up, &mlp.down});
-      widest_projection_ = std::max(widest_projection_, 2 * mlp.intermediate);
-      widest_middle_ = std::max(widest_middle_, mlp.intermediate);
+      widest_projection_ = std::max(widest_projection_, 2 * block.mlp->intermediate);
+      widest_middle_ = std::max(widest_middle_, block.mlp->intermediate);
     }
-    ++layer;
-  }
-  CHECK_DIM("final norm weight's length", spec_.final_norm.weight.size(), hidden);
-  Pad(spec_.final_norm.weight);
-  info.weight_bytes += vector_bytes({&spec_.final_norm.weight});
-  CHECK_DIM("head rows", spec_.head.out_features(), info.vocab_size);
-  CHECK_DIM("head columns", spec_.head.in_features(), hidden);
-  if (spec_.embedding) {
-    CHECK_DIM("embedding rows", spec_.embedding->out_features(), info.vocab_size);
-    CHECK_DIM("embedding columns", spec_.embedding->in_features(), hidden);
   }
   return absl::OkStatus();
 }
 
-#undef CHECK_DIM
-
 absl::StatusOr<std::unique_ptr<DecodeState>> Decoder::NewState(
     const StateOptions& requested) const {
-  StateOptions options = requested;
-  if (options.max_positions == 0) options.max_positions = spec_.info.max_positions;
-  if (options.max_positions < 1 || options.max_pending < 1) {
-    return absl::InvalidArgumentError(absl::StrCat("a state of ", options.max_positions,
-                                                   " positions and ", options.max_pending,
-                                                   " pending nodes; both must be at least 1"));
-  }
-  if (options.max_positions > spec_.info.max_positions) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "a state of ", options.max_positions, " positions; ", spec_.info.architecture, " at ",
-        spec_.info.path, " has at most ", spec_.info.max_positions, " (max_position_embeddings)"));
-  }
+  ASSIGN_OR_RETURN(const StateOptions options, CheckStateOptions(spec_.info, requested));
   const size_t before = cpu_.memory().bytes_in_use;
   StateMemory memory;
   std::vector<LayerState> layers(spec_.blocks.size());
@@ -274,7 +156,8 @@ absl::StatusOr<std::unique_ptr<DecodeState>> Decoder::NewState(
     }
   }
   memory.total_bytes = cpu_.memory().bytes_in_use - before;
-  return std::make_unique<DecodeState>(this, options, std::move(layers), memory);
+  return std::make_unique<DecodeState>(
+      this, options, std::make_unique<LayerStorage>(std::move(layers)), memory);
 }
 
 absl::StatusOr<std::unique_ptr<Workspace>> Decoder::NewWorkspace(int max_rows) const {
@@ -298,100 +181,10 @@ absl::StatusOr<std::unique_ptr<Workspace>> Decoder::NewWorkspace(int max_rows) c
   return ws;
 }
 
-absl::Status Decoder::ValidateItem(const ForwardItem& item) const {
-  if (item.state == nullptr || &item.state->model() != this) {
-    return absl::InvalidArgumentError("forward: the state belongs to another model");
-  }
-  DecodeState& state = *item.state;
-  const int rows = static_cast<int>(item.tokens.size());
-  if (rows == 0) return absl::InvalidArgumentError("forward: an item without tokens");
-  for (int i = 0; i < rows; ++i) {
-    const int32_t token = item.tokens[i].value;
-    if (token < 0 || token >= spec_.info.vocab_size) {
-      return absl::InvalidArgumentError(absl::StrCat("forward: token ", token, " of node ", i,
-                                                     " is not in the vocabulary of ",
-                                                     spec_.info.vocab_size));
-    }
-  }
-  const int limit = state.options().max_positions;
-  const bool chain = item.commit_chain || item.parents.empty();
-  if (chain && state.pending() > 0) {
-    return absl::InvalidArgumentError(absl::StrCat("forward: a chain under the prefix, but ",
-                                                   state.pending(),
-                                                   " nodes are pending; commit or drop them"));
-  }
-  if (item.commit_chain) {
-    if (state.position() + rows > limit) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "forward: ", state.position(), " + ", rows, " positions, but the state holds ", limit,
-          "; raise max_positions or shorten the prompt"));
-    }
-    return absl::OkStatus();
-  }
-  if (!item.parents.empty() && item.parents.size() != item.tokens.size()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("forward: ", rows, " tokens, but ", item.parents.size(), " parents"));
-  }
-  if (state.pending() + rows > state.options().max_pending) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "forward: ", state.pending(), " + ", rows, " pending nodes, but the state holds ",
-        state.options().max_pending, "; raise max_pending"));
-  }
-  // Depths are found by adding the nodes; undone below where they do not fit.
-  const int before = state.pending();
-  absl::Status status = absl::OkStatus();
-  for (int i = 0; i < rows && status.ok(); ++i) {
-    const NodeId parent = chain ? NodeId(before + i - 1) : item.parents[i];
-    if (chain && i == 0) {
-      state.AddPending(item.tokens[i], kPrefix);
-    } else if (parent.value < -1 || parent.value >= before + i) {
-      status = absl::InvalidArgumentError(absl::StrCat("forward: node ", before + i, " has parent ",
-                                                       parent.value, "; expected -1 to ",
-                                                       before + i - 1));
-      break;
-    } else {
-      state.AddPending(item.tokens[i], parent);
-    }
-    const int depth = state.depth(NodeId(before + i));
-    if (depth >= kMaxTreeHeight) {
-      status = absl::InvalidArgumentError(absl::StrCat(
-          "forward: node ", before + i, " is on level ", depth + 1, "; a tree has at most ",
-          kMaxTreeHeight, " levels (commit a path first, or draft less deep)"));
-    } else if (state.position() + depth >= limit) {
-      status = absl::InvalidArgumentError(absl::StrCat("forward: node ", before + i,
-                                                       " is at position ", state.position() + depth,
-                                                       ", but the state holds ", limit));
-    }
-  }
-  state.DropPendingFrom(before);
-  return status;
-}
-
-absl::Status Decoder::Validate(std::span<const ForwardItem> items,
-                               const DecoderWorkspace& ws) const {
-  if (items.empty()) return absl::InvalidArgumentError("forward: no items");
-  int rows = 0;
-  for (size_t i = 0; i < items.size(); ++i) {
-    RETURN_IF_ERROR(ValidateItem(items[i]));
-    for (size_t j = 0; j < i; ++j) {
-      if (items[j].state == items[i].state) {
-        return absl::InvalidArgumentError("forward: two items share a state");
-      }
-    }
-    const bool cut = items[i].commit_chain && items[i].logits != LogitsOf::kAll;
-    rows += cut ? 1 : static_cast<int>(items[i].tokens.size());
-  }
-  if (rows > ws.max_rows) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("forward: ", rows, " rows, but the workspace is for ", ws.max_rows));
-  }
-  return absl::OkStatus();
-}
-
 absl::StatusOr<ForwardResult> Decoder::Forward(std::span<const ForwardItem> items,
                                                Workspace& workspace) const {
   auto& ws = static_cast<DecoderWorkspace&>(workspace);
-  RETURN_IF_ERROR(Validate(items, ws));
+  RETURN_IF_ERROR(CheckForward(*this, items, ws.max_rows));
   size_t rows = 0;
   for (const ForwardItem& item : items) rows += item.tokens.size();
   if (rows <= static_cast<size_t>(ws.max_rows)) return Pass(items, ws);
@@ -493,7 +286,7 @@ absl::Status Decoder::Attention(const AttentionSpec& spec, int layer,
   const Matrix mixed = ws.mixed.Rows(rows).Columns(0, q_columns);
   for (size_t i = 0; i < items.size(); ++i) {
     RETURN_IF_ERROR(TreeAttention(cpu_, ws.plans[i], shape, qkv,
-                                  items[i].state->layers()[layer].attention, mixed));
+                                  LayersOf(*items[i].state)[layer].attention, mixed));
   }
   return MatMul(cpu_, mixed, spec.out, ws.x.Rows(rows),
                 {.bias = OrNull(spec.out_bias), .accumulate = true});
@@ -517,7 +310,7 @@ absl::Status Decoder::Ssd(const SsdSpec& spec, int layer, std::span<const Forwar
   const SsdParams params = {spec.A.data(), spec.D.data(), spec.dt_bias.data(), spec.dt_min,
                             spec.dt_max};
   for (size_t i = 0; i < items.size(); ++i) {
-    LayerState& state = items[i].state->layers()[layer];
+    LayerState& state = LayersOf(*items[i].state)[layer];
     RETURN_IF_ERROR(TreeConvSilu(cpu_, ws.plans[i], conv_in, conv_weight,
                                  AsRow(spec.conv_bias, channels), state.conv, conv_out));
     RETURN_IF_ERROR(
@@ -578,7 +371,7 @@ absl::StatusOr<ForwardResult> Decoder::Logits(std::span<const ForwardItem> items
 absl::Status Decoder::CommitRows(DecodeState& state, std::span<const NodeId> path) const {
   if (path.empty()) return absl::OkStatus();
   for (size_t i = 0; i < spec_.blocks.size(); ++i) {
-    LayerState& layer = state.layers()[i];
+    LayerState& layer = LayersOf(state)[i];
     if (const auto* attention = std::get_if<AttentionSpec>(&spec_.blocks[i].mixer)) {
       CommitAttention(state, path, ShapeOf(*attention), layer.attention);
     } else {

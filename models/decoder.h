@@ -94,6 +94,10 @@ struct DecoderSpec {
   PackedMatrix head;  // [vocab, hidden]
 };
 
+// Checks that the spec's dimensions agree, pads its vectors to whole CPU vectors (the convolution's
+// to rows of PaddedColumns(channels)), and fills in what ModelInfo says of it.
+absl::Status PrepareSpec(DecoderSpec& spec);
+
 // Checks that the spec's dimensions agree. The backend must outlive the model.
 absl::StatusOr<std::unique_ptr<LanguageModel>> MakeDecoder(CpuBackend& cpu, DecoderSpec spec);
 

@@ -4,8 +4,13 @@
 #include <string_view>
 #include <utility>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_join.h"
 #include "models/architectures.h"
+#include "models/synthetic.h"
+#ifdef CANOPY_CUDA
+#include "models/decoder_cuda.h"
+#endif
 
 namespace canopy {
 namespace {
@@ -66,13 +71,72 @@ absl::StatusOr<DecoderSpec> ReadSpec(Checkpoint& checkpoint) {
   return spec;
 }
 
-absl::StatusOr<std::unique_ptr<LanguageModel>> LoadModel(CpuBackend& backend,
-                                                         const std::string& folder) {
-  ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(backend, folder));
-  ASSIGN_OR_RETURN(DecoderSpec spec, ReadSpec(checkpoint));
-  absl::StatusOr<std::unique_ptr<LanguageModel>> model = MakeDecoder(backend, std::move(spec));
+absl::StatusOr<std::unique_ptr<LanguageModel>> LoadModel(Backend& backend,
+                                                         const std::string& folder,
+                                                         std::string_view dtype) {
+  if (dtype != "auto" && dtype != "bf16" && dtype != "f32") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("dtype ", std::string(dtype), ": expected auto, bf16 or f32"));
+  }
+  const bool synthetic = folder.starts_with(kSyntheticPrefix);
+  if (backend.kind() == DeviceKind::kCpu) {
+    auto& cpu = static_cast<CpuBackend&>(backend);
+    if (dtype != "auto") {
+      return absl::InvalidArgumentError(
+          absl::StrCat("dtype ", std::string(dtype),
+                       ": the CPU keeps the checkpoint's dtype; leave it at auto"));
+    }
+    DecoderSpec spec;
+    if (synthetic) {
+      ASSIGN_OR_RETURN(spec, SyntheticSpec(folder, &cpu));
+    } else {
+      ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(cpu, folder));
+      ASSIGN_OR_RETURN(spec, ReadSpec(checkpoint));
+    }
+    absl::StatusOr<std::unique_ptr<LanguageModel>> model = MakeDecoder(cpu, std::move(spec));
+    if (!model.ok()) return Annotate(model.status(), folder);
+    return model;
+  }
+#ifdef CANOPY_CUDA
+  // Checkpoints are read into the host's memory first.
+  ASSIGN_OR_RETURN(const std::unique_ptr<CpuBackend> host, CpuBackend::Create(1));
+  DecoderSpec spec;
+  if (synthetic) {
+    ASSIGN_OR_RETURN(spec, SyntheticSpec(folder, nullptr));
+  } else {
+    ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(*host, folder));
+    ASSIGN_OR_RETURN(spec, ReadSpec(checkpoint));
+  }
+  const bool f32 = dtype == "f32" || (dtype == "auto" && spec.info.dtype == DType::kF32);
+  absl::StatusOr<std::unique_ptr<CudaModel>> model = MakeCudaDecoder(
+      static_cast<CudaBackend&>(backend), std::move(spec), f32 ? DType::kF32 : DType::kBF16);
   if (!model.ok()) return Annotate(model.status(), folder);
-  return model;
+  return std::unique_ptr<LanguageModel>(*std::move(model));
+#else
+  return absl::InternalError("a device that this build does not have");
+#endif
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(std::string_view device, int threads) {
+  if (device == "cpu") {
+    ASSIGN_OR_RETURN(std::unique_ptr<CpuBackend> cpu, CpuBackend::Create(threads));
+    return std::unique_ptr<Backend>(std::move(cpu));
+  }
+  int number = 0;
+  const bool cuda = device == "cuda" || (device.starts_with("cuda:") &&
+                                         absl::SimpleAtoi(std::string(device.substr(5)), &number));
+  if (!cuda) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("device ", std::string(device), ": expected cpu, cuda or cuda:N"));
+  }
+#ifdef CANOPY_CUDA
+  ASSIGN_OR_RETURN(std::unique_ptr<CudaBackend> backend, CudaBackend::Create(number));
+  return std::unique_ptr<Backend>(std::move(backend));
+#else
+  return absl::InvalidArgumentError(
+      absl::StrCat("device ", std::string(device),
+                   ": this build of canopy has no CUDA; configure it with -DCANOPY_CUDA=ON"));
+#endif
 }
 
 }  // namespace canopy

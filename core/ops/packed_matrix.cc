@@ -96,8 +96,16 @@ absl::StatusOr<PackedMatrix> PackedMatrix::Pack(Backend& backend, DType dtype, i
   return matrix;
 }
 
+PackedMatrix PackedMatrix::Blank(DType dtype, int out_features, int in_features) {
+  PackedMatrix matrix;
+  matrix.dtype_ = dtype;
+  matrix.out_features_ = out_features;
+  matrix.in_features_ = in_features;
+  return matrix;
+}
+
 void PackedMatrix::UnpackRow(int out, float* result) const {
-  CHECK(out >= 0 && out < out_features_);
+  CHECK(out >= 0 && out < out_features_ && data() != nullptr);
   const size_t first =
       static_cast<size_t>(out / kPanel) * in_features_ * kPanel + ElementOf(dtype_, out % kPanel);
   switch (dtype_) {

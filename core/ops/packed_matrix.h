@@ -37,6 +37,9 @@ class PackedMatrix {
   static absl::StatusOr<PackedMatrix> Pack(Backend& backend, DType dtype, int in_features,
                                            std::span<const Source> sources);
 
+  // A matrix of that shape without data: of synthetic models, whose device makes the weights.
+  static PackedMatrix Blank(DType dtype, int out_features, int in_features);
+
   int out_features() const { return out_features_; }
   int in_features() const { return in_features_; }
   DType dtype() const { return dtype_; }

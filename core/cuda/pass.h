@@ -1,0 +1,100 @@
+// What host and device share of a pass: limits, the description of its nodes, and views of its
+// buffers.
+//
+// A pass is one launch of one persistent kernel (models/pass_kernel.cuh), a block on every
+// multiprocessor. It walks a list of operators with a barrier of the whole grid between them.
+// Blocks have eight warps that compute and two that copy: one streams weights, in an order that is
+// fixed when the model is loaded, into a ring of slots in shared memory and so runs ahead of the
+// operators as far as the ring is long; one brings activations once they are there.
+//
+// Activations that a matrix product reads are kept as the tensor cores want them:
+//   act [k_steps][rows of the bucket][16]   T, k-step s holds columns 16 s to 16 s + 15 in the
+//                                           order of ActivationSlot
+// Products leave sums over parts of K ("splits"), which their reader adds in order:
+//   partials [splits][kMaxRows][ld]         f32
+
+#ifndef CANOPY_CORE_CUDA_PASS_H_
+#define CANOPY_CORE_CUDA_PASS_H_
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define CANOPY_HOST_DEVICE __host__ __device__
+#else
+#define CANOPY_HOST_DEVICE
+#endif
+
+namespace canopy::cuda {
+
+inline constexpr int kMaxRows = 64;  // nodes of a pass
+inline constexpr int kMaxTaps = 7;   // of a causal convolution, besides a node's own input
+inline constexpr int kMaxTop = 32;   // greatest logits that are selected on the device
+inline constexpr int kConsumerWarps = 8;
+inline constexpr int kConsumers = 32 * kConsumerWarps;
+inline constexpr int kBlockThreads = kConsumers + 64;
+
+// Where column `k` of a k-step's 16 lies, so that a lane's operand is contiguous.
+CANOPY_HOST_DEVICE constexpr int ActivationSlot(int k) {
+  return (k & 7) / 2 * 4 + (k >> 3) * 2 + (k & 1);
+}
+
+// One sequence's storage of one layer. Row p % 64 of u, b and l holds position p of the prefix, row
+// 64 + k pending node k. Row p % (kernel - 1) of conv holds position p, row kernel - 1 + k pending
+// node k. Rows of k and v: positions, then pending nodes.
+template <typename T>
+struct LayerStore {
+  float* checkpoints[2];  // S in operand order, see verify/tree_scan_cuda.cuh
+  float* u;               // [64 + pending, heads * head_dim]
+  T* b;                   // [64 + pending, groups * padded d_state]
+  float* l;               // [64 + pending, heads]
+  float* conv;            // [kernel - 1 + pending, channels]
+  T* k;                   // [positions + pending, kv_heads * head_dim]
+  T* v;
+};
+
+// The nodes of a pass. Copied to the device before it.
+struct PassNodes {
+  int32_t rows;           // new nodes; node i is row i
+  int32_t prefix;         // positions before the tree
+  int32_t first_pending;  // new node i is pending node first_pending + i
+  int32_t kv_capacity;    // rows of k and v before those of pending nodes
+  int32_t key_blocks;     // blocks of kKeysPerBlock positions that the deepest node reads
+  int32_t first_checkpoint, last_checkpoint;  // of all nodes
+  int32_t top;            // greatest logits to select in each row; 0: none
+  const void* layers;     // LayerStore<T> [layers]
+  float* attention;       // scratch: [rows][heads][key_blocks][head_dim + 2]
+  int32_t token[kMaxRows];
+  int32_t position[kMaxRows];
+  int32_t checkpoint[kMaxRows];  // position of the checkpoint that the node reads
+  uint8_t path[kMaxRows][kMaxRows];  // pending nodes on the path to the node, itself last
+  uint8_t depth[kMaxRows];           // of pending nodes, 0 under the prefix
+  uint64_t path_mask[kMaxRows];  // the same as a set
+  // Input `back` + 1 positions before the node: a row of this pass, or -1: none, or -2 - r: row r of
+  // the conv store.
+  int16_t taps[kMaxRows][kMaxTaps];
+};
+
+// Output of selection. token -1: the row has logits that are not numbers.
+struct Selected {
+  int32_t token[kMaxRows][kMaxTop];
+};
+
+struct Partials {
+  const float* data = nullptr;
+  int splits = 0;
+  int ld = 0;
+};
+
+// RMSNorm of whole rows or of groups of a row, as sums of squares that the reader turns into one
+// factor a row and group: squares [kMaxRows][groups * count], f32.
+struct RowNorm {
+  const float* squares = nullptr;  // null: no norm, the factor is 1
+  int count = 0;                   // parts of a group
+  int groups = 1;
+  float inverse_width = 0.0f;  // 1 / columns of a group
+  float eps = 0.0f;
+};
+
+}  // namespace canopy::cuda
+
+#endif  // CANOPY_CORE_CUDA_PASS_H_

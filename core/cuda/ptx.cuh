@@ -1,0 +1,226 @@
+// The few PTX instructions that passes on the device are made of.
+
+#ifndef CANOPY_CORE_CUDA_PTX_CUH_
+#define CANOPY_CORE_CUDA_PTX_CUH_
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+namespace canopy::cuda {
+
+__device__ inline uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Barriers in shared memory (mbarrier): phases with a parity, completed by arrivals and by bytes.
+__device__ inline void BarrierInit(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+__device__ inline void BarrierArrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+}
+// Arrives and announces bytes that a bulk copy will bring.
+__device__ inline void BarrierExpect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   SharedAddress(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+// Waits until the phase of that parity is complete.
+__device__ inline void BarrierWait(uint64_t* barrier, uint32_t parity) {
+  const uint32_t address = SharedAddress(barrier);
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n .reg .pred p;\n"
+        " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+  }
+}
+
+// What is read once a pass should not push out what is read again.
+__device__ inline uint64_t EvictFirst() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline uint64_t EvictNormal() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Copies bytes (a multiple of 16, both sides 16-byte aligned) to shared memory; the barrier is told.
+__device__ inline void BulkCopy(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                                uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(SharedAddress(to)),
+      "l"(from), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+}
+
+// Orders ordinary accesses with those of bulk copies.
+__device__ inline void FenceProxyAsync() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+__device__ inline void NamedBarrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ inline void AddRelease(uint32_t* counter, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ inline uint32_t LoadAcquire(const uint32_t* counter) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+__device__ inline void StoreReleaseShared(uint32_t* to, uint32_t value) {
+  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(SharedAddress(to)), "r"(value)
+               : "memory");
+}
+__device__ inline uint32_t LoadAcquireShared(const uint32_t* from) {
+  uint32_t value;
+  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
+               : "=r"(value)
+               : "r"(SharedAddress(from))
+               : "memory");
+  return value;
+}
+
+// d [16, 8] += a [16, 16] b [16, 8], bf16 with f32 sums. Lane l holds, with g = l / 4 and q = l % 4:
+// a: rows g and g + 8, columns 2q, 2q + 1 and 8 more; b: column g, rows 2q, 2q + 1 and 8 more;
+// d: rows g and g + 8, columns 2q and 2q + 1. A column of d depends on that column of b alone.
+__device__ inline void Mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ inline uint32_t PackBf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+
+// A pair of floats as three pairs of bf16 whose sum is exact to 24 bits.
+struct SplitPair {
+  uint32_t high, middle, low;
+};
+__device__ inline float Bf16Of(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
+__device__ inline SplitPair Split(float x, float y) {
+  const float xh = Bf16Of(x), yh = Bf16Of(y);
+  const float xr = x - xh, yr = y - yh;
+  const float xm = Bf16Of(xr), ym = Bf16Of(yr);
+  return {PackBf16(xh, yh), PackBf16(xm, ym), PackBf16(xr - xm, yr - ym)};
+}
+
+// Operands of Mma as they come from memory: bf16 as it is, f32 split in three.
+template <typename T>
+struct FragmentA;
+template <>
+struct FragmentA<__nv_bfloat16> {
+  uint32_t r[4];
+};
+template <>
+struct FragmentA<float> {
+  uint32_t high[4], middle[4], low[4];
+};
+template <typename T>
+struct FragmentB;
+template <>
+struct FragmentB<__nv_bfloat16> {
+  uint32_t r[2];
+};
+template <>
+struct FragmentB<float> {
+  uint32_t high[2], middle[2], low[2];
+};
+
+__device__ inline void Multiply(float (&d)[4], const FragmentA<__nv_bfloat16>& a,
+                                const FragmentB<__nv_bfloat16>& b) {
+  Mma(d, a.r, b.r);
+}
+// f32 times bf16: exact products of a's three parts.
+__device__ inline void Multiply(float (&d)[4], const FragmentA<float>& a,
+                                const FragmentB<__nv_bfloat16>& b) {
+  Mma(d, a.low, b.r);
+  Mma(d, a.middle, b.r);
+  Mma(d, a.high, b.r);
+}
+// f32 times f32: the six products that reach into 24 bits, the smallest first.
+__device__ inline void Multiply(float (&d)[4], const FragmentA<float>& a,
+                                const FragmentB<float>& b) {
+  Mma(d, a.low, b.high);
+  Mma(d, a.high, b.low);
+  Mma(d, a.middle, b.middle);
+  Mma(d, a.middle, b.high);
+  Mma(d, a.high, b.middle);
+  Mma(d, a.high, b.high);
+}
+
+__device__ inline void SetPair(FragmentA<float>& f, int i, float x, float y) {
+  const SplitPair s = Split(x, y);
+  f.high[i] = s.high;
+  f.middle[i] = s.middle;
+  f.low[i] = s.low;
+}
+__device__ inline void SetPair(FragmentB<float>& f, int i, float x, float y) {
+  const SplitPair s = Split(x, y);
+  f.high[i] = s.high;
+  f.middle[i] = s.middle;
+  f.low[i] = s.low;
+}
+// Elements x and x + 1 of a row that are operand register i.
+__device__ inline void LoadPair(FragmentA<__nv_bfloat16>& f, int i, const __nv_bfloat16* x) {
+  f.r[i] = *reinterpret_cast<const uint32_t*>(x);
+}
+__device__ inline void LoadPair(FragmentB<__nv_bfloat16>& f, int i, const __nv_bfloat16* x) {
+  f.r[i] = *reinterpret_cast<const uint32_t*>(x);
+}
+__device__ inline void LoadPair(FragmentA<float>& f, int i, const float* x) {
+  const float2 v = *reinterpret_cast<const float2*>(x);
+  SetPair(f, i, v.x, v.y);
+}
+__device__ inline void LoadPair(FragmentB<float>& f, int i, const float* x) {
+  const float2 v = *reinterpret_cast<const float2*>(x);
+  SetPair(f, i, v.x, v.y);
+}
+
+__device__ inline float ToFloat(float x) { return x; }
+__device__ inline float ToFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <typename T>
+__device__ inline T FromFloat(float x);
+template <>
+__device__ inline float FromFloat<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline __nv_bfloat16 FromFloat<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// One fixed tree over the lanes of a warp.
+__device__ inline float WarpSum(float x) {
+  for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+  return x;
+}
+__device__ inline float WarpMax(float x) {
+  for (int lane = 16; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
+  return x;
+}
+
+__device__ inline float Silu(float x) { return x / (1.0f + expf(-x)); }
+
+}  // namespace canopy::cuda
+
+#endif  // CANOPY_CORE_CUDA_PTX_CUH_

@@ -1,0 +1,116 @@
+#include <cuda_runtime.h>
+
+#include "core/cuda_backend.h"
+
+namespace canopy {
+
+absl::Status CudaStatus(cudaError_t error, const char* doing) {
+  if (error == cudaSuccess) return absl::OkStatus();
+  const std::string text = absl::StrCat("CUDA: ", doing, ": ", cudaGetErrorName(error), " (",
+                                        cudaGetErrorString(error), ")");
+  if (error == cudaErrorMemoryAllocation) return absl::ResourceExhaustedError(text);
+  return absl::InternalError(text);
+}
+
+absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(int device) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorInsufficientDriver) {
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    if (driver == 0) {
+      return absl::NotFoundError(
+          "device cuda: there is no NVIDIA driver on this machine; use the device cpu");
+    }
+    return absl::FailedPreconditionError(absl::StrCat(
+        "device cuda: the driver is for CUDA ", driver / 1000, ".", driver % 1000 / 10,
+        ", and this program needs ", runtime / 1000, ".", runtime % 1000 / 10,
+        "; update the driver, or use the device cpu"));
+  }
+  if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) {
+    return absl::NotFoundError(
+        "device cuda: there is no CUDA device on this machine; use the device cpu");
+  }
+  RETURN_IF_CUDA_ERROR(error, "counting devices");
+  if (device < 0 || device >= count) {
+    return absl::NotFoundError(
+        absl::StrCat("device cuda:", device, ": there are ", count, " devices, 0 to ", count - 1));
+  }
+  cudaDeviceProp properties;
+  RETURN_IF_CUDA_ERROR(cudaGetDeviceProperties(&properties, device), "reading device properties");
+  std::unique_ptr<CudaBackend> backend(new CudaBackend());
+  backend->device_ = device;
+  backend->name_ = properties.name;
+  backend->capability_ = properties.major * 10 + properties.minor;
+  backend->multiprocessors_ = properties.multiProcessorCount;
+  backend->shared_bytes_ = static_cast<int>(properties.sharedMemPerBlockOptin);
+  backend->cache_bytes_ = properties.l2CacheSize;
+  if (backend->capability_ < 90) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "device cuda:", device, " (", properties.name, ") has compute capability ",
+        properties.major, ".", properties.minor, "; Canopy's kernels need 9.0 or later"));
+  }
+  RETURN_IF_CUDA_ERROR(cudaSetDevice(device), "choosing the device");
+  RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&backend->stream_, cudaStreamNonBlocking),
+                       "making a stream");
+  return backend;
+}
+
+CudaBackend::~CudaBackend() {
+  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+}
+
+std::string CudaBackend::Description() const {
+  return absl::StrCat("cuda (", name_, ", sm_", capability_, ", ", multiprocessors_,
+                      " multiprocessors)");
+}
+
+absl::StatusOr<Buffer> CudaBackend::Allocate(size_t bytes) {
+  if (bytes == 0) return Buffer();
+  void* data = nullptr;
+  const cudaError_t error = cudaMalloc(&data, bytes);
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // it is reported here, and not again by the next call
+    size_t available = 0, total = 0;
+    cudaMemGetInfo(&available, &total);
+    return absl::ResourceExhaustedError(
+        absl::StrCat("memory of ", name_, ": ", bytes, " bytes asked for, ", available, " of ",
+                     total, " are free; ", bytes_in_use_.load(), " are Canopy's"));
+  }
+  RETURN_IF_CUDA_ERROR(error, "allocating memory");
+  const size_t in_use = bytes_in_use_.fetch_add(bytes) + bytes;
+  if (in_use > peak_bytes_.load()) peak_bytes_.store(in_use);
+  allocations_.fetch_add(1);
+  Buffer buffer(this, data, bytes);
+  RETURN_IF_CUDA_ERROR(cudaMemsetAsync(data, 0, bytes, stream_), "clearing memory");
+  RETURN_IF_ERROR(Synchronize());
+  return buffer;
+}
+
+void CudaBackend::Free(void* data, size_t bytes) {
+  cudaFree(data);
+  bytes_in_use_.fetch_sub(bytes);
+}
+
+MemoryStats CudaBackend::memory() const {
+  return {bytes_in_use_.load(), peak_bytes_.load(), allocations_.load()};
+}
+
+absl::Status CudaBackend::ToDevice(void* to, const void* from, size_t bytes) {
+  RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_),
+                       "copying to the device");
+  return Synchronize();
+}
+
+absl::Status CudaBackend::ToHost(void* to, const void* from, size_t bytes) {
+  RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_),
+                       "copying from the device");
+  return Synchronize();
+}
+
+absl::Status CudaBackend::Synchronize() {
+  return CudaStatus(cudaStreamSynchronize(stream_), "waiting for the device");
+}
+
+}  // namespace canopy

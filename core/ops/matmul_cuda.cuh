@@ -1,0 +1,309 @@
+// The product of 1 to 64 rows with a weight matrix on the device: weights are streamed once, and a
+// row's bits do not depend on the number of rows.
+//
+// Weights are cut into blocks of 16 outputs by 16 inputs, each stored as the 32 lanes' operands of
+// one tensor core instruction. A block of threads has a rectangle of blocks, stored contiguously,
+// inputs outermost, so that the copies into shared memory are large and in order. Its eight warps
+// share it as warp_m groups of outputs by 8 / warp_m groups of inputs; the partial sums of those
+// are added in one fixed tree, and the sums over rectangles (`k_groups` of them) are left to the
+// reader, who adds them in order. All this depends on the matrix and the device alone, and a
+// column of a tensor core's result on that column alone: so row-invariant.
+//
+// Bytes: weights once; activations rows * K * sizeof(T) for each of the m_groups rectangles.
+
+#ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
+#define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
+
+#include "core/cuda/pass.h"
+
+namespace canopy::cuda {
+
+// 32 KiB a slot: with 5 of them 21 MB are in flight on 132 multiprocessors, five microseconds of an
+// H200's bandwidth, which is what the operators between two products take.
+inline constexpr int kSlotBytes = 32 << 10;
+template <typename T>
+inline constexpr int kSlots = sizeof(T) == 2 ? 5 : 3;
+template <typename T>
+inline constexpr int kWeightBlockBytes = 256 * sizeof(T);
+template <typename T>
+inline constexpr int kActRowBytes = 16 * sizeof(T);
+
+// Blocks of outputs that one warp holds sums of.
+inline constexpr int kWarpBlocks = 4;
+
+struct MatmulOp {
+  const void* weights = nullptr;
+  const void* act = nullptr;
+  float* out = nullptr;  // partials
+  int m_blocks = 0;
+  int k_steps = 0;
+  int m_groups = 0;
+  int k_groups = 0;
+  int warp_m = 0;
+  int ld = 0;
+  int shift = 0;  // rectangle 0 belongs to this block, so that larger ones are spread evenly
+  RowNorm norm;   // of the rows of the result (the head); elsewhere the reader scales
+};
+
+// The rectangle of one block.
+struct MatmulTile {
+  int m0, blocks, k0, steps;
+  int split;  // which of the k_groups
+  int64_t first_block;
+};
+
+CANOPY_HOST_DEVICE inline bool TileOf(const MatmulOp& op, int block, int grid, MatmulTile* tile) {
+  int index = block - op.shift;
+  if (index < 0) index += grid;
+  if (index >= op.m_groups * op.k_groups) return false;
+  const int m = index % op.m_groups;
+  const int k = index / op.m_groups;
+  const int m_base = op.m_blocks / op.m_groups, m_more = op.m_blocks % op.m_groups;
+  const int k_base = op.k_steps / op.k_groups, k_more = op.k_steps % op.k_groups;
+  tile->split = k;
+  tile->m0 = m * m_base + (m < m_more ? m : m_more);
+  tile->blocks = m_base + (m < m_more ? 1 : 0);
+  tile->k0 = k * k_base + (k < k_more ? k : k_more);
+  tile->steps = k_base + (k < k_more ? 1 : 0);
+  tile->first_block =
+      static_cast<int64_t>(tile->k0) * op.m_blocks + static_cast<int64_t>(tile->steps) * tile->m0;
+  return true;
+}
+
+// K-steps that a slot holds, weights and activations, for buckets of 8 * row_tiles rows.
+template <typename T>
+CANOPY_HOST_DEVICE inline int StepsPerSlot(const MatmulOp& op, int row_tiles) {
+  const int k_warps = kConsumerWarps / op.warp_m;
+  const int most_blocks = (op.m_blocks + op.m_groups - 1) / op.m_groups;
+  const int step = most_blocks * kWeightBlockBytes<T> + 8 * row_tiles * kActRowBytes<T>;
+  return kSlotBytes / step / k_warps * k_warps;
+}
+template <typename T>
+CANOPY_HOST_DEVICE inline int ActOffset(const MatmulOp& op, int steps_per_slot) {
+  const int most_blocks = (op.m_blocks + op.m_groups - 1) / op.m_groups;
+  return steps_per_slot * most_blocks * kWeightBlockBytes<T>;
+}
+
+// Element of weight (m, k) in the packed matrix.
+template <typename T>
+CANOPY_HOST_DEVICE inline int64_t PackedElement(const MatmulOp& op, int m, int k) {
+  const int mb = m / 16, ks = k / 16;
+  const int m_base = op.m_blocks / op.m_groups, m_more = op.m_blocks % op.m_groups;
+  const int k_base = op.k_steps / op.k_groups, k_more = op.k_steps % op.k_groups;
+  const int mg = mb < m_more * (m_base + 1) ? mb / (m_base + 1)
+                                            : m_more + (mb - m_more * (m_base + 1)) / m_base;
+  const int kg = ks < k_more * (k_base + 1) ? ks / (k_base + 1)
+                                            : k_more + (ks - k_more * (k_base + 1)) / k_base;
+  const int m0 = mg * m_base + (mg < m_more ? mg : m_more);
+  const int blocks = m_base + (mg < m_more ? 1 : 0);
+  const int k0 = kg * k_base + (kg < k_more ? kg : k_more);
+  const int steps = k_base + (kg < k_more ? 1 : 0);
+  const int64_t block = static_cast<int64_t>(k0) * op.m_blocks +
+                        static_cast<int64_t>(steps) * m0 +
+                        static_cast<int64_t>(ks - k0) * blocks + (mb - m0);
+  const int row = m % 16, column = k % 16;
+  const int lane = row % 8 * 4 + column % 8 / 2;
+  const int element = column / 8 * 4 + row / 8 * 2 + column % 2;
+  // f32 operands of a lane are two vectors of four.
+  const int per_vector = 16 / static_cast<int>(sizeof(T));
+  return block * 256 + element / per_vector * 32 * per_vector + lane * per_vector +
+         element % per_vector;
+}
+
+}  // namespace canopy::cuda
+
+#ifdef __CUDACC__
+
+#include "core/cuda/ptx.cuh"
+
+namespace canopy::cuda {
+
+// The slots and their barriers, as one of the three roles walks through them.
+struct Ring {
+  char* slots;
+  uint64_t* weights_here;
+  uint64_t* acts_here;
+  uint64_t* empty;
+  int slot = 0;
+  uint32_t phase = 0;
+
+  __device__ char* data() const { return slots + slot * kSlotBytes; }
+  template <typename T>
+  __device__ void Next() {
+    if (++slot == kSlots<T>) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// One thread: streams the weights of this block's rectangle.
+template <typename T>
+__device__ inline void StreamWeights(const MatmulOp& op, int row_tiles, Ring& ring,
+                                     uint64_t policy) {
+  MatmulTile tile;
+  if (!TileOf(op, blockIdx.x, gridDim.x, &tile)) return;
+  const int per_slot = StepsPerSlot<T>(op, row_tiles);
+  const char* from = static_cast<const char*>(op.weights) + tile.first_block * kWeightBlockBytes<T>;
+  for (int k = 0; k < tile.steps; k += per_slot) {
+    const int steps = min(per_slot, tile.steps - k);
+    const uint32_t bytes = steps * tile.blocks * kWeightBlockBytes<T>;
+    BarrierWait(&ring.empty[ring.slot], ring.phase ^ 1);
+    BarrierExpect(&ring.weights_here[ring.slot], bytes);
+    BulkCopy(ring.data(), from, bytes, &ring.weights_here[ring.slot], policy);
+    from += bytes;
+    ring.Next<T>();
+  }
+}
+
+// One thread: brings the activations of the rectangle's inputs.
+template <typename T>
+__device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring, uint64_t policy) {
+  MatmulTile tile;
+  if (!TileOf(op, blockIdx.x, gridDim.x, &tile)) return;
+  const int per_slot = StepsPerSlot<T>(op, row_tiles);
+  const int step_bytes = 8 * row_tiles * kActRowBytes<T>;
+  const int offset = ActOffset<T>(op, per_slot);
+  const char* from = static_cast<const char*>(op.act) + static_cast<int64_t>(tile.k0) * step_bytes;
+  for (int k = 0; k < tile.steps; k += per_slot) {
+    const uint32_t bytes = min(per_slot, tile.steps - k) * step_bytes;
+    BarrierWait(&ring.empty[ring.slot], ring.phase ^ 1);
+    BarrierExpect(&ring.acts_here[ring.slot], bytes);
+    BulkCopy(ring.data() + offset, from, bytes, &ring.acts_here[ring.slot], policy);
+    from += bytes;
+    ring.Next<T>();
+  }
+}
+
+__device__ inline FragmentA<__nv_bfloat16> LoadWeights(const __nv_bfloat16* block, int lane) {
+  const uint4 v = reinterpret_cast<const uint4*>(block)[lane];
+  return {{v.x, v.y, v.z, v.w}};
+}
+__device__ inline FragmentA<float> LoadWeights(const float* block, int lane) {
+  const float4 a = reinterpret_cast<const float4*>(block)[lane];
+  const float4 b = reinterpret_cast<const float4*>(block)[32 + lane];
+  FragmentA<float> f;
+  SetPair(f, 0, a.x, a.y);
+  SetPair(f, 1, a.z, a.w);
+  SetPair(f, 2, b.x, b.y);
+  SetPair(f, 3, b.z, b.w);
+  return f;
+}
+__device__ inline FragmentB<__nv_bfloat16> LoadActs(const __nv_bfloat16* rows, int lane) {
+  const uint2 v = reinterpret_cast<const uint2*>(rows)[lane];
+  return {{v.x, v.y}};
+}
+__device__ inline FragmentB<float> LoadActs(const float* rows, int lane) {
+  const float4 v = reinterpret_cast<const float4*>(rows)[lane];
+  FragmentB<float> f;
+  SetPair(f, 0, v.x, v.y);
+  SetPair(f, 1, v.z, v.w);
+  return f;
+}
+
+// One factor a row and group into factors [groups][kMaxRows] in shared memory. The caller
+// synchronises.
+__device__ inline void RowFactors(const RowNorm& norm, int rows, float* factors) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int i = warp; i < rows * norm.groups; i += kConsumerWarps) {
+    const int row = i % rows, group = i / rows;
+    float factor = 1.0f;
+    if (norm.squares != nullptr) {
+      const float* squares = norm.squares + (row * norm.groups + group) * norm.count;
+      float sum = 0.0f;
+      for (int j = lane; j < norm.count; j += 32) sum += __ldcg(squares + j);
+      factor = rsqrtf(WarpSum(sum) * norm.inverse_width + norm.eps);
+    }
+    if (lane == 0) factors[group * kMaxRows + row] = factor;
+  }
+}
+
+// All consumer threads. `work` holds 16 KiB.
+template <typename T, int kRowTiles>
+__device__ inline void ConsumeMatmul(const MatmulOp& op, int rows, Ring& ring, float* work) {
+  MatmulTile tile;
+  const bool mine = TileOf(op, blockIdx.x, gridDim.x, &tile);
+  if (!mine) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int k_warps = kConsumerWarps / op.warp_m;
+  const int wm = warp % op.warp_m, wk = warp / op.warp_m;
+  const int per_slot = StepsPerSlot<T>(op, kRowTiles);
+  const int act_offset = ActOffset<T>(op, per_slot);
+  float sums[kWarpBlocks][kRowTiles][4] = {};
+  for (int k = 0; k < tile.steps; k += per_slot) {
+    const int steps = min(per_slot, tile.steps - k);
+    BarrierWait(&ring.weights_here[ring.slot], ring.phase);
+    BarrierWait(&ring.acts_here[ring.slot], ring.phase);
+    const T* weights = reinterpret_cast<const T*>(ring.data());
+    const T* acts = reinterpret_cast<const T*>(ring.data() + act_offset);
+    for (int step = wk; step < steps; step += k_warps) {
+      FragmentB<T> b[kRowTiles];
+#pragma unroll
+      for (int n = 0; n < kRowTiles; ++n) {
+        b[n] = LoadActs(acts + (step * kRowTiles + n) * 128, lane);
+      }
+#pragma unroll
+      for (int i = 0; i < kWarpBlocks; ++i) {
+        const int block = wm + i * op.warp_m;
+        if (block >= tile.blocks) break;
+        const FragmentA<T> a = LoadWeights(weights + (step * tile.blocks + block) * 256, lane);
+#pragma unroll
+        for (int n = 0; n < kRowTiles; ++n) Multiply(sums[i][n], a, b[n]);
+      }
+    }
+    __syncwarp();
+    if (lane == 0) BarrierArrive(&ring.empty[ring.slot]);
+    ring.Next<T>();
+  }
+  // The warps' parts of K, in one fixed tree, one of a warp's blocks at a time.
+  if (k_warps > 1) {
+#pragma unroll
+    for (int i = 0; i < kWarpBlocks; ++i) {
+      if (i * op.warp_m >= tile.blocks) break;
+      for (int half = k_warps / 2; half > 0; half /= 2) {
+        NamedBarrier(1, kConsumers);
+        if (wk >= half && wk < 2 * half) {
+          float* to = work + ((wk - half) * op.warp_m + wm) * kRowTiles * 128 + lane;
+#pragma unroll
+          for (int e = 0; e < kRowTiles * 4; ++e) to[e * 32] = sums[i][e / 4][e % 4];
+        }
+        NamedBarrier(1, kConsumers);
+        if (wk < half) {
+          const float* from = work + (wk * op.warp_m + wm) * kRowTiles * 128 + lane;
+#pragma unroll
+          for (int e = 0; e < kRowTiles * 4; ++e) sums[i][e / 4][e % 4] += from[e * 32];
+        }
+      }
+    }
+    NamedBarrier(1, kConsumers);
+  }
+  if (op.norm.squares != nullptr) {
+    RowFactors(op.norm, rows, work);
+    NamedBarrier(1, kConsumers);
+  }
+  if (wk == 0) {
+    float* out = op.out + static_cast<int64_t>(tile.split) * kMaxRows * op.ld;
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int row = n * 8 + lane % 4 * 2 + c;
+        if (row >= rows) continue;
+        const float factor = op.norm.squares != nullptr ? work[row] : 1.0f;
+#pragma unroll
+        for (int i = 0; i < kWarpBlocks; ++i) {
+          const int block = wm + i * op.warp_m;
+          if (block >= tile.blocks) break;
+          float* to = out + static_cast<int64_t>(row) * op.ld + (tile.m0 + block) * 16 + lane / 4;
+          __stcg(to, factor * sums[i][n][c]);
+          __stcg(to + 8, factor * sums[i][n][2 + c]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace canopy::cuda
+
+#endif  // __CUDACC__
+#endif  // CANOPY_CORE_OPS_MATMUL_CUDA_CUH_

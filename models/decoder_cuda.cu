@@ -1,0 +1,1088 @@
+#include "models/decoder_cuda.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstring>
+#include <span>
+#include <utility>
+
+#include "models/forward_check.h"
+#include "models/pass_kernel.cuh"
+#include "verify/tree_plan.h"
+
+namespace canopy {
+namespace {
+
+using cuda::kMaxRows;
+
+constexpr int kBuckets = 4;
+constexpr int kBucketRows[kBuckets] = {8, 16, 32, 64};
+// Passes in flight at most: each has its own description of its nodes.
+constexpr int kInFlight = 16;
+
+int BucketOf(int rows) {
+  int bucket = 0;
+  while (kBucketRows[bucket] < rows) ++bucket;
+  return bucket;
+}
+
+// Random weights for synthetic models: uniform with the variance 1 / columns, from a hash of the
+// element's place, so that they are the same on every device of one size.
+template <typename T>
+__global__ void FillRandom(T* data, int64_t count, float bound, uint64_t seed) {
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < count;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    uint64_t x = (static_cast<uint64_t>(i) + seed) * 0x9e3779b97f4a7c15ull;
+    x ^= x >> 32;
+    x *= 0xd6e8feb86659fd93ull;
+    x ^= x >> 32;
+    const float unit = static_cast<float>(x >> 40) * 0x1p-23f - 1.0f;
+    data[i] = cuda::FromFloat<T>(bound * unit);
+  }
+}
+
+// A matrix as one or more products: more where its rectangles would be too large for a warp's sums.
+struct DeviceMatrix {
+  struct Part {
+    cuda::MatmulOp op;  // with its weights
+    int first_column;   // of the result
+  };
+  Buffer weights;
+  std::vector<Part> parts;
+  int splits = 1;
+  int ld = 0;
+  int k_steps = 0;
+};
+
+// Columns of a product's input, where groups are padded to whole k-steps.
+struct Columns {
+  int count = 0;
+  int groups = 1;
+
+  int width() const { return count / groups; }
+  int padded_width() const { return cuda::PadTo16(width()); }
+  int k_steps() const { return groups * padded_width() / 16; }
+  int Place(int column) const {
+    return column / width() * padded_width() + column % width();
+  }
+};
+
+template <typename T>
+class Storage final : public StateStorage {
+ public:
+  explicit Storage(CudaBackend& backend) : cuda(backend) {}
+
+  void Clear() override {
+    // As on the CPU, only the checkpoint before position 0 is read before it is written.
+    for (size_t i = 0; i < layers.size(); ++i) {
+      if (checkpoint_bytes[i] > 0) {
+        cudaMemsetAsync(layers[i].checkpoints[0], 0, checkpoint_bytes[i], cuda.stream());
+      }
+    }
+  }
+  absl::Status CopyFrom(const StateStorage& other) override {
+    const auto& from = static_cast<const Storage&>(other);
+    CHECK(from.memory.bytes() == memory.bytes());
+    RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(memory.data(), from.memory.data(), memory.bytes(),
+                                         cudaMemcpyDeviceToDevice, cuda.stream()),
+                         "copying a state");
+    return cuda.Synchronize();
+  }
+
+  CudaBackend& cuda;
+  Buffer memory;  // everything but `attention` and `tables`
+  std::vector<cuda::LayerStore<T>> layers;
+  std::vector<size_t> checkpoint_bytes;
+  Buffer tables;  // LayerStore<T> [layers], then CommitLayer<T> [layers]
+  const cuda::CommitLayer<T>* commit = nullptr;
+  Buffer attention;  // scratch of the keys' blocks
+};
+
+class CudaWorkspace final : public Workspace {
+ public:
+  ~CudaWorkspace() override {
+    if (nodes_host != nullptr) cudaFreeHost(nodes_host);
+    if (logits_host != nullptr) cudaFreeHost(logits_host);
+    if (selected_host != nullptr) cudaFreeHost(selected_host);
+  }
+  size_t bytes() const override { return memory.bytes() + tables.bytes(); }
+
+  int max_rows = 0;
+  Buffer memory;  // activations, partial sums, scratch
+  Buffer tables;  // operators of every bucket, nodes, the barrier's counter
+  cuda::Op* ops[kBuckets] = {};
+  std::vector<cuda::Op> host_ops[kBuckets];
+  cuda::PassNodes* nodes = nullptr;       // [kInFlight]
+  cuda::PassNodes* nodes_host = nullptr;  // [kInFlight], pinned
+  int next_nodes = 0;
+  uint32_t* counter = nullptr;
+  uint32_t counter_base = 0;
+  float* logits = nullptr;  // [kMaxRows][ld]
+  int logits_ld = 0;
+  cuda::Selected* selected = nullptr;
+  int64_t* clocks = nullptr;
+
+  float* logits_host = nullptr;  // [logits_rows][padded vocab], pinned
+  int logits_rows = 0;
+  cuda::Selected* selected_host = nullptr;
+  std::vector<TokenId> top;
+  std::vector<int> first_row;
+  TreePlan plan;
+
+  // The last pass, for Repeat.
+  int last_bucket = -1;
+  cuda::PassArguments last;
+};
+
+// Cuts one allocation into aligned pieces: first all are asked for, then placed.
+class Pieces {
+ public:
+  template <typename P>
+  void Add(P** to, size_t count) {
+    const size_t bytes = (count * sizeof(P) + 255) / 256 * 256;
+    pieces_.push_back({reinterpret_cast<void**>(to), bytes_});
+    bytes_ += bytes;
+  }
+  absl::StatusOr<Buffer> Place(Backend& backend) {
+    ASSIGN_OR_RETURN(Buffer buffer, backend.Allocate(std::max<size_t>(bytes_, 256)));
+    for (const auto& [to, offset] : pieces_) *to = buffer.as<char>() + offset;
+    return buffer;
+  }
+
+ private:
+  std::vector<std::pair<void**, size_t>> pieces_;
+  size_t bytes_ = 0;
+};
+
+template <typename T>
+class CudaDecoder final : public CudaModel {
+ public:
+  CudaDecoder(CudaBackend& cuda, DecoderSpec spec, DType dtype)
+      : cuda_(cuda), spec_(std::move(spec)), dtype_(dtype) {}
+
+  absl::Status Prepare();
+
+  const ModelInfo& info() const override { return spec_.info; }
+  absl::StatusOr<std::unique_ptr<DecodeState>> NewState(const StateOptions& options) const override;
+  absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(int max_rows) const override;
+  absl::StatusOr<ForwardResult> Forward(std::span<const ForwardItem> items,
+                                        Workspace& workspace) const override;
+  size_t PassBytes(int nodes, int context) const override;
+  absl::StatusOr<std::vector<double>> Repeat(Workspace& workspace, int repetitions) const override;
+  absl::StatusOr<std::vector<OperatorTime>> Breakdown(Workspace& workspace) const override;
+
+ private:
+  // Weights of one block on the device.
+  struct Layer {
+    DeviceMatrix in, out, gate_up, down;  // in: in_proj or q, k and v
+    const float* norm = nullptr;
+    const float* mlp_norm = nullptr;
+    const float* in_bias = nullptr;
+    const float* out_bias = nullptr;
+    const float* gate_up_bias = nullptr;
+    const float* down_bias = nullptr;
+    const float* q_norm = nullptr;
+    const float* k_norm = nullptr;
+    const float* inv_freq = nullptr;
+    cuda::ScanOp scan;  // what does not depend on a workspace
+  };
+
+  absl::Status CommitRows(DecodeState& state, std::span<const NodeId> path) const override;
+  absl::Status CommitPath(DecodeState& state, const cuda::CommitPath& path) const;
+
+  // most_splits = 1 where the result is read as it is.
+  absl::StatusOr<DeviceMatrix> Upload(const PackedMatrix& matrix, const Columns& columns,
+                                      int most_splits = 16);
+  absl::StatusOr<const float*> Upload(const std::vector<float>& values, int padded = 0);
+  cuda::MatmulOp Plan(int m_blocks, const Columns& columns, int most_splits) const;
+  absl::Status PrepareScan(const SsdSpec& ssd, int layer, cuda::ScanOp* scan) const;
+  std::vector<cuda::Op> Program(int bucket, const CudaWorkspace& ws, const void* memory) const;
+  absl::Status FillNodes(DecodeState& state, int rows, int first_pending, bool chain, int top,
+                         std::span<const TokenId> tokens, CudaWorkspace& ws,
+                         cuda::PassNodes* nodes) const;
+  absl::Status RunPass(DecodeState& state, std::span<const TokenId> tokens, int first_pending,
+                       bool chain, bool head, int top, CudaWorkspace& ws) const;
+  Storage<T>& StorageOf(DecodeState& state) const {
+    return static_cast<Storage<T>&>(state.storage());
+  }
+
+  // Addresses in a workspace's memory, the same for every bucket but the activations.
+  struct Places {
+    float* x;
+    T* act_hidden[kBuckets];
+    T* act_mixed[kBuckets];
+    float* partials;
+    float* squares;
+    float* scan_squares;
+    float* q;
+    float* logits;
+    float* select_values;
+    int32_t* select_tokens;
+  };
+  void AddPieces(Pieces& pieces, Places& places, CudaWorkspace& ws) const;
+
+  CudaBackend& cuda_;
+  DecoderSpec spec_;
+  const DType dtype_;
+  std::vector<Buffer> buffers_;
+  std::vector<Layer> layers_;
+  DeviceMatrix head_;
+  const float* final_norm_ = nullptr;
+  const T* embedding_ = nullptr;
+  const cuda::FoldShape* fold_shapes_ = nullptr;
+  int fold_heads_ = 0;
+  int fold_shared_ = 0;
+  int taps_ = 0;
+  int hidden_steps_ = 0;
+  int mixed_steps_ = 0;
+  size_t partial_floats_ = 0;
+  int scan_squares_ = 0;
+  int q_columns_ = 0;
+  int max_rows_ = kMaxRows;
+  size_t stream_bytes_ = 0;  // of weights that a pass reads
+  int shift_ = 0;
+  uint64_t seed_ = 1;
+  bool has_ssd_ = false;
+};
+
+template <typename T>
+cuda::MatmulOp CudaDecoder<T>::Plan(int m_blocks, const Columns& columns,
+                                    int most_splits) const {
+  const int blocks = cuda_.multiprocessors();
+  cuda::MatmulOp best;
+  double best_cost = 0.0;
+  const int steps = columns.k_steps();
+  for (int k_groups = 1; k_groups <= std::min({most_splits, blocks, steps}); ++k_groups) {
+    // A norm's groups have factors of their own, so a split must not hold parts of two.
+    if (columns.groups > 1 && (k_groups % columns.groups != 0 || steps % k_groups != 0)) continue;
+    cuda::MatmulOp op;
+    op.m_blocks = m_blocks;
+    op.k_steps = steps;
+    op.k_groups = k_groups;
+    op.m_groups = std::min(m_blocks, blocks / k_groups);
+    if (op.m_groups < 1) continue;
+    const int most_blocks = (m_blocks + op.m_groups - 1) / op.m_groups;
+    for (op.warp_m = 1; op.warp_m <= cuda::kConsumerWarps; op.warp_m *= 2) {
+      const bool sums_fit = most_blocks <= cuda::kWarpBlocks * op.warp_m;
+      if (sums_fit && cuda::StepsPerSlot<T>(op, kMaxRows / 8) > 0) break;
+    }
+    if (op.warp_m > cuda::kConsumerWarps) continue;
+    // Bytes through one multiprocessor at 32 rows: its weights, its activations, and the partial
+    // sums that it writes and, on average, reads.
+    const int most_steps = (steps + k_groups - 1) / k_groups;
+    const double weights = static_cast<double>(most_blocks) * most_steps * 256 * sizeof(T);
+    const double acts = 32.0 * most_steps * 16 * sizeof(T);
+    const double sums = 2.0 * 32 * m_blocks * 16 * 4 * k_groups / blocks;
+    const double cost = weights + 0.5 * acts + 0.5 * sums;
+    if (best.m_groups == 0 || cost < best_cost) {
+      best = op;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+template <typename T>
+absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
+                                                    const Columns& columns, int most_splits) {
+  DeviceMatrix result;
+  const int m_blocks = (matrix.out_features() + 15) / 16;
+  result.ld = m_blocks * 16;
+  result.k_steps = columns.k_steps();
+  // As few parts as will do, all of one plan but the last.
+  cuda::MatmulOp op;
+  int parts = 1;
+  for (; parts <= 64; ++parts) {
+    op = Plan((m_blocks + parts - 1) / parts, columns, most_splits);
+    if (op.m_groups > 0) break;
+  }
+  if (op.m_groups == 0) {
+    return absl::UnimplementedError(absl::StrCat("a matrix of ", matrix.out_features(), " by ",
+                                                 matrix.in_features(),
+                                                 " is too large for the device's products"));
+  }
+  const int64_t elements = int64_t{m_blocks} * result.k_steps * 256;
+  ASSIGN_OR_RETURN(result.weights, cuda_.Allocate(elements * sizeof(T)));
+  stream_bytes_ += elements * sizeof(T);
+  result.splits = op.k_groups;
+  std::vector<T> host;
+  std::vector<float> row(matrix.in_features());
+  int64_t done_elements = 0;
+  const int per_part = (m_blocks + parts - 1) / parts;
+  for (int first = 0; first < m_blocks; first += per_part) {
+    cuda::MatmulOp part = op;
+    part.m_blocks = std::min(per_part, m_blocks - first);
+    part.m_groups = std::min(part.m_groups, part.m_blocks);
+    part.ld = result.ld;
+    part.shift = shift_;
+    shift_ = (shift_ + part.m_blocks % part.m_groups) % cuda_.multiprocessors();
+    T* to = result.weights.as<T>() + done_elements;
+    part.weights = to;
+    const int64_t part_elements = int64_t{part.m_blocks} * part.k_steps * 256;
+    if (matrix.data() == nullptr) {
+      FillRandom<T><<<1024, 256, 0, cuda_.stream()>>>(
+          to, part_elements, std::sqrt(3.0f / static_cast<float>(columns.count)), seed_);
+      RETURN_IF_CUDA_ERROR(cudaGetLastError(), "making random weights");
+      seed_ += part_elements;
+    } else {
+      host.assign(part_elements, T(0.0f));
+      const int last = std::min(matrix.out_features(), (first + part.m_blocks) * 16);
+      for (int m = first * 16; m < last; ++m) {
+        matrix.UnpackRow(m, row.data());
+        for (int k = 0; k < columns.count; ++k) {
+          host[cuda::PackedElement<T>(part, m - first * 16, columns.Place(k))] = T(row[k]);
+        }
+      }
+      RETURN_IF_ERROR(cuda_.ToDevice(to, host.data(), part_elements * sizeof(T)));
+    }
+    result.parts.push_back({part, first * 16});
+    done_elements += part_elements;
+  }
+  partial_floats_ = std::max(partial_floats_, static_cast<size_t>(result.splits) * kMaxRows * result.ld);
+  return result;
+}
+
+template <typename T>
+absl::StatusOr<const float*> CudaDecoder<T>::Upload(const std::vector<float>& values, int padded) {
+  if (values.empty()) return static_cast<const float*>(nullptr);
+  std::vector<float> all(values);
+  all.resize(std::max<size_t>(padded, values.size()), 0.0f);
+  ASSIGN_OR_RETURN(Buffer buffer, cuda_.Allocate(all.size() * sizeof(float)));
+  RETURN_IF_ERROR(cuda_.ToDevice(buffer.data(), all.data(), all.size() * sizeof(float)));
+  const float* data = buffer.as<float>();
+  buffers_.push_back(std::move(buffer));
+  return data;
+}
+
+template <typename T>
+absl::Status CudaDecoder<T>::PrepareScan(const SsdSpec& ssd, int layer, cuda::ScanOp* scan) const {
+  scan->layer = layer;
+  scan->heads = ssd.heads;
+  scan->head_dim = ssd.head_dim;
+  scan->groups = ssd.groups;
+  scan->d_state = ssd.d_state;
+  scan->padded_d_state = cuda::PadTo16(ssd.d_state);
+  scan->taps = ssd.conv_kernel - 1;
+  scan->dt_min = ssd.dt_min;
+  scan->dt_max = ssd.dt_max;
+  scan->norm_groups = ssd.norm_groups;
+  scan->conv_stride = PaddedColumns(ssd.channels());
+  // Slices as narrow as all multiprocessors are needed for.
+  for (scan->slice = 16; scan->slice < 64; scan->slice *= 2) {
+    if (ssd.heads * ((ssd.head_dim + scan->slice - 1) / scan->slice) <= cuda_.multiprocessors()) {
+      break;
+    }
+  }
+  scan->slices = (ssd.head_dim + scan->slice - 1) / scan->slice;
+  const auto unsupported = [&](const std::string& what) {
+    return absl::UnimplementedError(
+        absl::StrCat("layer ", layer, ": ", what, "; use the device cpu for this model"));
+  };
+  if (scan->taps < 1 || scan->taps > cuda::kMaxTaps) {
+    return unsupported(absl::StrCat("a convolution over ", ssd.conv_kernel,
+                                    " positions; the CUDA kernels have 2 to ", cuda::kMaxTaps + 1));
+  }
+  if (ssd.heads % ssd.norm_groups != 0) {
+    return unsupported(absl::StrCat(ssd.norm_groups, " norm groups do not divide ", ssd.heads,
+                                    " heads, which the CUDA kernels need"));
+  }
+  return absl::OkStatus();
+}
+
+template <typename T>
+absl::Status CudaDecoder<T>::Prepare() {
+  RETURN_IF_ERROR(PrepareSpec(spec_));
+  ModelInfo& info = spec_.info;
+  const int hidden = info.hidden_size;
+  hidden_steps_ = cuda::PadTo16(hidden) / 16;
+  const int padded_hidden = hidden_steps_ * 16;
+  const Columns hidden_columns{hidden, 1};
+  const size_t before = cuda_.memory().bytes_in_use;
+  RETURN_IF_CUDA_ERROR(cuda::PreparePass<T>(cuda_.shared_bytes()), "preparing the kernels");
+  const int work_bytes = cuda_.shared_bytes() - cuda::SharedLayout<T>::kFixed;
+  std::vector<cuda::FoldShape> folds;
+  for (size_t i = 0; i < spec_.blocks.size(); ++i) {
+    BlockSpec& block = spec_.blocks[i];
+    Layer layer;
+    const int index = static_cast<int>(i);
+    ASSIGN_OR_RETURN(layer.norm, Upload(block.norm.weight, padded_hidden));
+    folds.push_back({});
+    if (auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
+      if (attention->head_dim > cuda::kMaxHeadDim) {
+        return absl::UnimplementedError(absl::StrCat("layer ", index, ": heads of ",
+                                                     attention->head_dim,
+                                                     " columns; the CUDA kernels have at most ",
+                                                     cuda::kMaxHeadDim));
+      }
+      const Columns out{attention->heads * attention->head_dim, 1};
+      ASSIGN_OR_RETURN(layer.in, Upload(attention->qkv, hidden_columns));
+      ASSIGN_OR_RETURN(layer.out, Upload(attention->out, out));
+      ASSIGN_OR_RETURN(layer.in_bias, Upload(attention->qkv_bias));
+      ASSIGN_OR_RETURN(layer.out_bias, Upload(attention->out_bias, padded_hidden));
+      ASSIGN_OR_RETURN(layer.q_norm, Upload(attention->q_norm));
+      ASSIGN_OR_RETURN(layer.k_norm, Upload(attention->k_norm));
+      ASSIGN_OR_RETURN(layer.inv_freq, Upload(attention->rope_inv_freq));
+      mixed_steps_ = std::max(mixed_steps_, out.k_steps());
+      q_columns_ = std::max(q_columns_, out.count);
+    } else {
+      const SsdSpec& ssd = std::get<SsdSpec>(block.mixer);
+      RETURN_IF_ERROR(PrepareScan(ssd, index, &layer.scan));
+      const Columns out{ssd.inner(), ssd.norm_groups};
+      ASSIGN_OR_RETURN(layer.in, Upload(ssd.in_proj, hidden_columns));
+      ASSIGN_OR_RETURN(layer.out, Upload(ssd.out_proj, out));
+      ASSIGN_OR_RETURN(layer.out_bias, Upload(ssd.out_proj_bias, padded_hidden));
+      cuda::ScanOp& scan = layer.scan;
+      ASSIGN_OR_RETURN(scan.in_bias, Upload(ssd.in_proj_bias));
+      ASSIGN_OR_RETURN(scan.conv_weight, Upload(ssd.conv_weight));
+      ASSIGN_OR_RETURN(scan.conv_bias, Upload(ssd.conv_bias));
+      ASSIGN_OR_RETURN(scan.a, Upload(ssd.A));
+      ASSIGN_OR_RETURN(scan.d, Upload(ssd.D));
+      ASSIGN_OR_RETURN(scan.dt_bias, Upload(ssd.dt_bias));
+      ASSIGN_OR_RETURN(scan.norm_weight, Upload(ssd.norm_weight));
+      scan.group_columns = out.padded_width();
+      mixed_steps_ = std::max(mixed_steps_, out.k_steps());
+      const int squares = scan.heads * scan.slices * (scan.slice / 16);
+      if (has_ssd_ && (squares != scan_squares_ || scan.taps != taps_)) {
+        return absl::UnimplementedError(
+            absl::StrCat("layer ", index, ": its SSD mixer has other sizes than those before it, "
+                         "which the CUDA kernels do not have; use the device cpu"));
+      }
+      has_ssd_ = true;
+      scan_squares_ = squares;
+      taps_ = scan.taps;
+      while (max_rows_ >= 8 &&
+             cuda::ScanLayout<T>(max_rows_, scan.slice, scan.padded_d_state).end > work_bytes) {
+        max_rows_ /= 2;
+      }
+      if (max_rows_ < 8) {
+        return absl::UnimplementedError(absl::StrCat("layer ", index, ": a state of ", ssd.d_state,
+                                                     " is too large for the CUDA kernels"));
+      }
+      folds.back() = {ssd.heads, ssd.head_dim, ssd.groups, ssd.d_state, scan.padded_d_state};
+      fold_heads_ = std::max(fold_heads_, ssd.heads);
+      fold_shared_ = std::max<int>(
+          fold_shared_, 32 * (cuda::PadTo16(ssd.head_dim) + scan.padded_d_state) * sizeof(float));
+    }
+    if (block.mlp) {
+      MlpSpec& mlp = *block.mlp;
+      const Columns middle{mlp.intermediate, 1};
+      ASSIGN_OR_RETURN(layer.mlp_norm, Upload(block.mlp_norm->weight, padded_hidden));
+      ASSIGN_OR_RETURN(layer.gate_up, Upload(mlp.gate_up, hidden_columns));
+      ASSIGN_OR_RETURN(layer.down, Upload(mlp.down, middle));
+      ASSIGN_OR_RETURN(layer.gate_up_bias, Upload(mlp.gate_up_bias));
+      ASSIGN_OR_RETURN(layer.down_bias, Upload(mlp.down_bias, padded_hidden));
+      mixed_steps_ = std::max(mixed_steps_, middle.k_steps());
+    }
+    // What is on the device now is not kept twice.
+    const auto drop = [](PackedMatrix& m) {
+      m = PackedMatrix::Blank(m.dtype(), m.out_features(), m.in_features());
+    };
+    if (auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
+      drop(attention->qkv);
+      drop(attention->out);
+    } else {
+      drop(std::get<SsdSpec>(block.mixer).in_proj);
+      drop(std::get<SsdSpec>(block.mixer).out_proj);
+    }
+    if (block.mlp) {
+      drop(block.mlp->gate_up);
+      drop(block.mlp->down);
+    }
+    layers_.push_back(std::move(layer));
+  }
+  ASSIGN_OR_RETURN(final_norm_, Upload(spec_.final_norm.weight, padded_hidden));
+  const size_t partial_floats = partial_floats_;
+  ASSIGN_OR_RETURN(head_, Upload(spec_.head, hidden_columns, /*most_splits=*/1));
+  partial_floats_ = partial_floats;  // the head's result has a place of its own
+  // The embedding, row by row.
+  const PackedMatrix& embedding = spec_.embedding ? *spec_.embedding : spec_.head;
+  const int64_t embedding_elements = int64_t{info.vocab_size} * hidden;
+  ASSIGN_OR_RETURN(Buffer table, cuda_.Allocate(embedding_elements * sizeof(T)));
+  if (embedding.data() == nullptr) {
+    FillRandom<T><<<1024, 256, 0, cuda_.stream()>>>(table.as<T>(), embedding_elements, 1.0f, seed_);
+    RETURN_IF_CUDA_ERROR(cudaGetLastError(), "making random weights");
+  } else {
+    std::vector<T> rows(embedding_elements);
+    std::vector<float> row(hidden);
+    for (int v = 0; v < info.vocab_size; ++v) {
+      embedding.UnpackRow(v, row.data());
+      for (int k = 0; k < hidden; ++k) rows[int64_t{v} * hidden + k] = T(row[k]);
+    }
+    RETURN_IF_ERROR(cuda_.ToDevice(table.data(), rows.data(), embedding_elements * sizeof(T)));
+  }
+  embedding_ = table.as<T>();
+  buffers_.push_back(std::move(table));
+  spec_.embedding.reset();
+  spec_.head = PackedMatrix::Blank(dtype_, info.vocab_size, hidden);
+  if (has_ssd_) {
+    ASSIGN_OR_RETURN(Buffer shapes, cuda_.Allocate(folds.size() * sizeof(cuda::FoldShape)));
+    RETURN_IF_ERROR(cuda_.ToDevice(shapes.data(), folds.data(), shapes.bytes()));
+    fold_shapes_ = shapes.as<cuda::FoldShape>();
+    buffers_.push_back(std::move(shapes));
+  }
+  RETURN_IF_ERROR(cuda_.Synchronize());
+  info.dtype = dtype_;
+  info.weight_bytes = cuda_.memory().bytes_in_use - before;
+  info.prefers_top = true;
+  info.max_nodes = max_rows_;
+  return absl::OkStatus();
+}
+
+template <typename T>
+absl::StatusOr<std::unique_ptr<DecodeState>> CudaDecoder<T>::NewState(
+    const StateOptions& requested) const {
+  ASSIGN_OR_RETURN(const StateOptions options, CheckStateOptions(spec_.info, requested));
+  const size_t before = cuda_.memory().bytes_in_use;
+  auto storage = std::make_unique<Storage<T>>(cuda_);
+  StateMemory memory;
+  const int count = static_cast<int>(layers_.size());
+  storage->layers.resize(count);
+  storage->checkpoint_bytes.resize(count);
+  std::vector<cuda::CommitLayer<T>> commit(count);
+  Pieces pieces;
+  // Prompts are read as pending chains, so there is always room for the longest.
+  const int pending = kMaxRows;
+  const int rows = kRing + pending;
+  int attention_floats = 0;  // of a key block
+  for (int i = 0; i < count; ++i) {
+    cuda::LayerStore<T>& store = storage->layers[i];
+    cuda::CommitLayer<T>& committed = commit[i];
+    if (const auto* attention = std::get_if<AttentionSpec>(&spec_.blocks[i].mixer)) {
+      const size_t columns = size_t{1} * attention->kv_heads * attention->head_dim;
+      pieces.Add(&store.k, (options.max_positions + pending) * columns);
+      pieces.Add(&store.v, (options.max_positions + pending) * columns);
+      memory.kv_bytes_per_position += 2 * columns * sizeof(T);
+      memory.pending_bytes_per_node += 2 * columns * sizeof(T);
+      committed.kv_columns = static_cast<int>(columns);
+      attention_floats =
+          std::max(attention_floats, kMaxRows * attention->heads * (attention->head_dim + 2));
+    } else {
+      const SsdSpec& ssd = std::get<SsdSpec>(spec_.blocks[i].mixer);
+      const cuda::ScanOp& scan = layers_[i].scan;
+      const size_t floats =
+          size_t{1} * ssd.heads * cuda::PadTo16(ssd.head_dim) * scan.padded_d_state;
+      const size_t b_columns = size_t{1} * ssd.groups * scan.padded_d_state;
+      pieces.Add(&store.checkpoints[0], floats);
+      pieces.Add(&store.checkpoints[1], floats);
+      pieces.Add(&store.u, size_t{1} * rows * ssd.inner());
+      pieces.Add(&store.b, rows * b_columns);
+      pieces.Add(&store.l, size_t{1} * rows * ssd.heads);
+      pieces.Add(&store.conv, size_t{1} * (scan.taps + pending) * ssd.channels());
+      storage->checkpoint_bytes[i] = floats * sizeof(float);
+      const size_t row = ssd.inner() * sizeof(float) + b_columns * sizeof(T) +
+                         ssd.heads * sizeof(float);
+      const size_t conv_row = ssd.channels() * sizeof(float);
+      memory.checkpoint_bytes += 2 * floats * sizeof(float) + scan.taps * conv_row;
+      memory.ring_bytes += row * kRing;
+      memory.pending_bytes_per_node += row + conv_row;
+      committed.u_columns = ssd.inner();
+      committed.b_columns = static_cast<int>(b_columns);
+      committed.heads = ssd.heads;
+      committed.channels = ssd.channels();
+      committed.taps = scan.taps;
+    }
+  }
+  ASSIGN_OR_RETURN(storage->memory, pieces.Place(cuda_));
+  for (int i = 0; i < count; ++i) commit[i].store = storage->layers[i];
+  const size_t store_bytes = count * sizeof(cuda::LayerStore<T>);
+  ASSIGN_OR_RETURN(storage->tables,
+                   cuda_.Allocate(store_bytes + count * sizeof(cuda::CommitLayer<T>)));
+  RETURN_IF_ERROR(cuda_.ToDevice(storage->tables.data(), storage->layers.data(), store_bytes));
+  char* commit_at = storage->tables.template as<char>() + store_bytes;
+  RETURN_IF_ERROR(
+      cuda_.ToDevice(commit_at, commit.data(), count * sizeof(cuda::CommitLayer<T>)));
+  storage->commit = reinterpret_cast<const cuda::CommitLayer<T>*>(commit_at);
+  if (attention_floats > 0) {
+    const int64_t blocks = (int64_t{options.max_positions} + kMaxRows) / cuda::kKeysPerBlock + 1;
+    ASSIGN_OR_RETURN(storage->attention,
+                     cuda_.Allocate(blocks * attention_floats * sizeof(float)));
+  }
+  memory.total_bytes = cuda_.memory().bytes_in_use - before;
+  return std::make_unique<DecodeState>(this, options, std::move(storage), memory);
+}
+
+template <typename T>
+void CudaDecoder<T>::AddPieces(Pieces& pieces, Places& p, CudaWorkspace& ws) const {
+  const size_t hidden = hidden_steps_ * 16;
+  pieces.Add(&p.x, kMaxRows * hidden);
+  for (int b = 0; b < kBuckets; ++b) {
+    pieces.Add(&p.act_hidden[b], kBucketRows[b] * hidden);
+    pieces.Add(&p.act_mixed[b], size_t{1} * kBucketRows[b] * mixed_steps_ * 16);
+  }
+  pieces.Add(&p.partials, partial_floats_);
+  pieces.Add(&p.squares, size_t{1} * kMaxRows * hidden_steps_);
+  pieces.Add(&p.scan_squares, size_t{1} * kMaxRows * scan_squares_);
+  pieces.Add(&p.q, size_t{1} * kMaxRows * q_columns_);
+  pieces.Add(&ws.logits, size_t{1} * kMaxRows * head_.ld);
+  pieces.Add(&p.select_values, size_t{1} * kMaxRows * cuda::kSelectSlices * cuda::kMaxTop);
+  pieces.Add(&p.select_tokens, size_t{1} * kMaxRows * cuda::kSelectSlices * cuda::kMaxTop);
+}
+
+// The operators of a pass, for one bucket. `memory` points to Places.
+template <typename T>
+std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& ws,
+                                              const void* memory) const {
+  const Places& at = *static_cast<const Places*>(memory);
+  const int hidden = spec_.info.hidden_size;
+  std::vector<cuda::Op> ops;
+  const auto matmul = [&](const DeviceMatrix& matrix, const T* act, float* out,
+                          const cuda::RowNorm& norm) {
+    for (size_t i = 0; i < matrix.parts.size(); ++i) {
+      cuda::Op op;
+      op.kind = cuda::OpKind::kMatmul;
+      op.barrier = i + 1 == matrix.parts.size();
+      op.matmul = matrix.parts[i].op;
+      op.matmul.act = act;
+      op.matmul.out = out + matrix.parts[i].first_column;
+      op.matmul.norm = norm;
+      ops.push_back(op);
+    }
+    return cuda::Partials{out, matrix.splits, matrix.ld};
+  };
+  const auto next_input = [&](const float* weight) {
+    return cuda::NormInput{weight, at.act_hidden[bucket], at.squares};
+  };
+  const auto hidden_norm = [&](float eps) {
+    return cuda::RowNorm{at.squares, hidden_steps_, 1, 1.0f / static_cast<float>(hidden), eps};
+  };
+  {
+    cuda::Op op;
+    op.kind = cuda::OpKind::kEmbed;
+    op.embed = {embedding_, at.x, hidden, hidden_steps_, next_input(layers_[0].norm)};
+    ops.push_back(op);
+  }
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Layer& layer = layers_[i];
+    const BlockSpec& block = spec_.blocks[i];
+    const float* after_block = i + 1 < layers_.size() ? layers_[i + 1].norm : final_norm_;
+    const auto residual = [&](const cuda::Partials& sums, const cuda::RowNorm& norm,
+                              const float* bias, const float* next) {
+      cuda::Op op;
+      op.kind = cuda::OpKind::kResidual;
+      op.residual = {sums, norm, bias, at.x, hidden, hidden_steps_, next_input(next)};
+      ops.push_back(op);
+    };
+    const cuda::Partials in = matmul(layer.in, at.act_hidden[bucket], at.partials, {});
+    cuda::RowNorm out_norm;
+    if (const auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
+      cuda::Op op;
+      op.attention = {static_cast<int>(i), attention->heads, attention->kv_heads,
+                      attention->head_dim, attention->scale, in, hidden_norm(block.norm.eps),
+                      layer.in_bias, layer.q_norm, layer.k_norm, attention->qk_norm_eps,
+                      layer.inv_freq, 2 * static_cast<int>(attention->rope_inv_freq.size()), at.q,
+                      at.act_mixed[bucket]};
+      for (const cuda::OpKind kind : {cuda::OpKind::kAttentionInputs, cuda::OpKind::kAttendBlocks,
+                                      cuda::OpKind::kCombineBlocks}) {
+        op.kind = kind;
+        ops.push_back(op);
+      }
+    } else {
+      const SsdSpec& ssd = std::get<SsdSpec>(block.mixer);
+      cuda::Op op;
+      op.kind = cuda::OpKind::kScan;
+      op.scan = layer.scan;
+      op.scan.partials = in;
+      op.scan.norm = hidden_norm(block.norm.eps);
+      op.scan.act = at.act_mixed[bucket];
+      op.scan.squares = at.scan_squares;
+      ops.push_back(op);
+      out_norm = {at.scan_squares, scan_squares_ / ssd.norm_groups, ssd.norm_groups,
+                  static_cast<float>(ssd.norm_groups) / static_cast<float>(ssd.inner()),
+                  ssd.norm_eps};
+    }
+    const cuda::Partials out = matmul(layer.out, at.act_mixed[bucket], at.partials, {});
+    residual(out, out_norm, layer.out_bias, block.mlp ? layer.mlp_norm : after_block);
+    if (block.mlp) {
+      const cuda::Partials middle = matmul(layer.gate_up, at.act_hidden[bucket], at.partials, {});
+      cuda::Op op;
+      op.kind = cuda::OpKind::kGated;
+      op.gated = {middle,
+                  hidden_norm(block.mlp_norm->eps),
+                  layer.gate_up_bias,
+                  static_cast<int>(block.mlp->activation),
+                  block.mlp->intermediate,
+                  cuda::PadTo16(block.mlp->intermediate) / 16,
+                  at.act_mixed[bucket]};
+      ops.push_back(op);
+      const cuda::Partials down = matmul(layer.down, at.act_mixed[bucket], at.partials, {});
+      residual(down, {}, layer.down_bias, after_block);
+    }
+  }
+  matmul(head_, at.act_hidden[bucket], ws.logits, hidden_norm(spec_.final_norm.eps));
+  for (int stage : {0, 1}) {
+    cuda::Op op;
+    op.kind = cuda::OpKind::kSelect;
+    op.select = {ws.logits, head_.ld, spec_.info.vocab_size, stage, at.select_values,
+                 at.select_tokens, ws.selected};
+    ops.push_back(op);
+  }
+  return ops;
+}
+
+template <typename T>
+absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_rows) const {
+  if (max_rows < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a workspace of ", max_rows, " rows; at least 1"));
+  }
+  auto ws = std::make_unique<CudaWorkspace>();
+  ws->max_rows = max_rows;
+  ws->logits_ld = head_.ld;
+  Places places;
+  Pieces pieces;
+  AddPieces(pieces, places, *ws);
+  ASSIGN_OR_RETURN(ws->memory, pieces.Place(cuda_));
+  // Once to count the operators, then with the addresses.
+  const size_t op_count = Program(0, *ws, &places).size();
+  Pieces tables;
+  for (int b = 0; b < kBuckets; ++b) tables.Add(&ws->ops[b], op_count);
+  tables.Add(&ws->nodes, kInFlight);
+  tables.Add(&ws->counter, 64);
+  tables.Add(&ws->selected, 1);
+  tables.Add(&ws->clocks, op_count + 1);
+  ASSIGN_OR_RETURN(ws->tables, tables.Place(cuda_));
+  for (int b = 0; b < kBuckets; ++b) {
+    ws->host_ops[b] = Program(b, *ws, &places);
+    RETURN_IF_ERROR(
+        cuda_.ToDevice(ws->ops[b], ws->host_ops[b].data(), op_count * sizeof(cuda::Op)));
+  }
+  RETURN_IF_CUDA_ERROR(cudaMallocHost(&ws->nodes_host, kInFlight * sizeof(cuda::PassNodes)),
+                       "allocating pinned memory");
+  RETURN_IF_CUDA_ERROR(cudaMallocHost(&ws->selected_host, sizeof(cuda::Selected)),
+                       "allocating pinned memory");
+  ws->plan.Reserve(kMaxRows);
+  return ws;
+}
+
+// `chain`: `tokens` stand behind the prefix, as pending nodes 0, 1, ... that the state does not know
+// of; otherwise they are its pending nodes from first_pending on.
+template <typename T>
+absl::Status CudaDecoder<T>::FillNodes(DecodeState& state, int rows, int first_pending, bool chain,
+                                       int top, std::span<const TokenId> tokens, CudaWorkspace& ws,
+                                       cuda::PassNodes* nodes) const {
+  const int prefix = state.position();
+  nodes->rows = rows;
+  nodes->prefix = prefix;
+  nodes->first_pending = first_pending;
+  nodes->kv_capacity = state.options().max_positions;
+  nodes->top = top;
+  Storage<T>& storage = StorageOf(state);
+  nodes->layers = storage.tables.data();
+  nodes->attention = storage.attention.template as<float>();
+  nodes->first_checkpoint = INT_MAX;
+  nodes->last_checkpoint = 0;
+  int deepest = 0;
+  if (!chain) {
+    ws.plan.BuildTree(state, first_pending, 0);
+    for (int k = 0; k < state.pending(); ++k) {
+      nodes->depth[k] = static_cast<uint8_t>(state.depth(NodeId(k)));
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    int length = i + 1;
+    if (chain) {
+      for (int k = 0; k <= i; ++k) nodes->path[i][k] = static_cast<uint8_t>(k);
+      nodes->depth[i] = static_cast<uint8_t>(i);
+    } else {
+      const std::span<const int32_t> path = ws.plan.PendingPath(i);
+      length = static_cast<int>(path.size());
+      for (int k = 0; k < length; ++k) nodes->path[i][k] = static_cast<uint8_t>(path[k]);
+    }
+    nodes->path_mask[i] = 0;
+    for (int k = 0; k < length; ++k) nodes->path_mask[i] |= uint64_t{1} << nodes->path[i][k];
+    const int position = prefix + length - 1;
+    nodes->token[i] = tokens[i].value;
+    nodes->position[i] = position;
+    nodes->checkpoint[i] = static_cast<int>(CheckpointFor(position));
+    nodes->first_checkpoint = std::min(nodes->first_checkpoint, nodes->checkpoint[i]);
+    nodes->last_checkpoint = std::max(nodes->last_checkpoint, nodes->checkpoint[i]);
+    deepest = std::max(deepest, position);
+    for (int back = 1; back <= taps_; ++back) {
+      int16_t tap = -1;
+      if (back < length) {
+        const int node = nodes->path[i][length - 1 - back];
+        tap = static_cast<int16_t>(node >= first_pending ? node - first_pending
+                                                         : -2 - (taps_ + node));
+      } else if (position - back >= 0) {
+        tap = static_cast<int16_t>(-2 - (position - back) % taps_);
+      }
+      nodes->taps[i][back - 1] = tap;
+    }
+  }
+  nodes->key_blocks = deepest / cuda::kKeysPerBlock + 1;
+  return absl::OkStatus();
+}
+
+template <typename T>
+absl::Status CudaDecoder<T>::RunPass(DecodeState& state, std::span<const TokenId> tokens,
+                                     int first_pending, bool chain, bool head, int top,
+                                     CudaWorkspace& ws) const {
+  const int rows = static_cast<int>(tokens.size());
+  const int bucket = BucketOf(rows);
+  const int slot = ws.next_nodes;
+  // The copy from this place kInFlight passes ago is long done, unless the host is far ahead.
+  if (slot == 0) RETURN_IF_ERROR(cuda_.Synchronize());
+  ws.next_nodes = (slot + 1) % kInFlight;
+  RETURN_IF_ERROR(FillNodes(state, rows, first_pending, chain, top, tokens, ws,
+                            &ws.nodes_host[slot]));
+  RETURN_IF_CUDA_ERROR(
+      cudaMemcpyAsync(ws.nodes + slot, ws.nodes_host + slot, sizeof(cuda::PassNodes),
+                      cudaMemcpyHostToDevice, cuda_.stream()),
+      "copying a tree to the device");
+  cuda::PassArguments arguments;
+  arguments.ops = ws.ops[bucket];
+  const std::vector<cuda::Op>& ops = ws.host_ops[bucket];
+  int count = static_cast<int>(ops.size());
+  if (!head) {
+    count -= static_cast<int>(head_.parts.size()) + 2;
+  } else if (top == 0) {
+    count -= 2;
+  }
+  arguments.op_count = count;
+  arguments.nodes = ws.nodes + slot;
+  arguments.counter = ws.counter;
+  arguments.counter_base = ws.counter_base;
+  arguments.stream_weights_once = stream_bytes_ > cuda_.cache_bytes() / 2;
+  int barriers = 0;
+  for (int i = 0; i < count; ++i) barriers += ops[i].barrier;
+  RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(kBucketRows[bucket], cuda_.multiprocessors(),
+                                           cuda_.shared_bytes(), arguments, cuda_.stream()),
+                       "launching a pass");
+  ws.counter_base += static_cast<uint32_t>(barriers) * cuda_.multiprocessors();
+  ws.last_bucket = bucket;
+  ws.last = arguments;
+  return absl::OkStatus();
+}
+
+template <typename T>
+absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardItem> items,
+                                                      Workspace& workspace) const {
+  auto& ws = static_cast<CudaWorkspace&>(workspace);
+  RETURN_IF_ERROR(CheckForward(*this, items, ws.max_rows));
+  for (const ForwardItem& item : items) {
+    const int rows = static_cast<int>(item.tokens.size());
+    if (!item.commit_chain && rows > max_rows_) {
+      return absl::InvalidArgumentError(absl::StrCat("forward: ", rows, " nodes; a pass on ",
+                                                     cuda_.Description(), " has at most ",
+                                                     max_rows_));
+    }
+  }
+  ws.first_row.clear();
+  int wanted = 0;
+  for (const ForwardItem& item : items) {
+    ws.first_row.push_back(wanted);
+    wanted += item.logits == LogitsOf::kAll    ? static_cast<int>(item.tokens.size())
+              : item.logits == LogitsOf::kLast ? 1
+                                               : 0;
+  }
+  const int top = items[0].top;
+  const int vocab = spec_.info.vocab_size;
+  const int64_t stride = PaddedColumns(vocab);
+  if (top == 0 && wanted > ws.logits_rows) {
+    RETURN_IF_ERROR(cuda_.Synchronize());
+    if (ws.logits_host != nullptr) cudaFreeHost(ws.logits_host);
+    ws.logits_host = nullptr;
+    ws.logits_rows = 0;
+    RETURN_IF_CUDA_ERROR(cudaMallocHost(&ws.logits_host, wanted * stride * sizeof(float)),
+                         "allocating pinned memory");
+    std::memset(ws.logits_host, 0, wanted * stride * sizeof(float));
+    ws.logits_rows = wanted;
+  }
+  ws.top.resize(static_cast<size_t>(wanted) * top);
+  int row = 0;  // of the result
+  // Rows [from, from + count) of the pass that was launched last become the result's next rows.
+  const auto take = [&](int from, int count) -> absl::Status {
+    if (top > 0) {
+      RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(ws.selected_host, ws.selected, sizeof(cuda::Selected),
+                                           cudaMemcpyDeviceToHost, cuda_.stream()),
+                           "copying tokens from the device");
+      RETURN_IF_ERROR(cuda_.Synchronize());
+      for (int i = 0; i < count; ++i) {
+        for (int k = 0; k < top; ++k) {
+          ws.top[static_cast<size_t>(row + i) * top + k] =
+              TokenId(ws.selected_host->token[from + i][k]);
+        }
+      }
+    } else {
+      RETURN_IF_CUDA_ERROR(
+          cudaMemcpy2DAsync(ws.logits_host + row * stride, stride * sizeof(float),
+                            ws.logits + static_cast<int64_t>(from) * ws.logits_ld,
+                            ws.logits_ld * sizeof(float), vocab * sizeof(float), count,
+                            cudaMemcpyDeviceToHost, cuda_.stream()),
+          "copying logits from the device");
+    }
+    row += count;
+    return absl::OkStatus();
+  };
+  for (const ForwardItem& item : items) {
+    DecodeState& state = *item.state;
+    const int count = static_cast<int>(item.tokens.size());
+    if (!item.commit_chain) {
+      const int first = state.pending();
+      for (int k = 0; k < count; ++k) {
+        state.AddPending(item.tokens[k], item.parents.empty() ? NodeId(k - 1) : item.parents[k]);
+      }
+      RETURN_IF_ERROR(RunPass(state, item.tokens, first, /*chain=*/false,
+                              item.logits != LogitsOf::kNone, top, ws));
+      if (item.logits == LogitsOf::kAll) RETURN_IF_ERROR(take(0, count));
+      if (item.logits == LogitsOf::kLast) RETURN_IF_ERROR(take(count - 1, 1));
+      continue;
+    }
+    // A prompt in chunks that end at a fold: of up to two segments where they begin at one.
+    for (int done = 0; done < count;) {
+      const int into = state.position() % kSegment;
+      const int room = into == 0 ? kMaxRows : kSegment - into;
+      const int part = std::min({count - done, room, max_rows_});
+      const bool last = done + part == count;
+      const bool head = item.logits == LogitsOf::kAll || (item.logits == LogitsOf::kLast && last);
+      RETURN_IF_ERROR(RunPass(state, item.tokens.subspan(done, part), 0, /*chain=*/true, head, top,
+                              ws));
+      if (item.logits == LogitsOf::kAll) RETURN_IF_ERROR(take(0, part));
+      if (item.logits == LogitsOf::kLast && last) RETURN_IF_ERROR(take(part - 1, 1));
+      cuda::CommitPath path;
+      path.length = part;
+      path.position = state.position();
+      path.kv_capacity = state.options().max_positions;
+      for (int k = 0; k < part; ++k) path.node[k] = static_cast<uint8_t>(k);
+      RETURN_IF_ERROR(CommitPath(state, path));
+      state.Advance(part);
+      done += part;
+    }
+  }
+  if (wanted > 0) RETURN_IF_ERROR(cuda_.Synchronize());
+  ForwardResult result;
+  if (top == 0 && wanted > 0) result.logits = {ws.logits_host, wanted, vocab, stride};
+  result.first_row = ws.first_row;
+  result.top = ws.top;
+  return result;
+}
+
+template <typename T>
+absl::Status CudaDecoder<T>::CommitPath(DecodeState& state, const cuda::CommitPath& path) const {
+  Storage<T>& storage = StorageOf(state);
+  const int count = static_cast<int>(layers_.size());
+  RETURN_IF_CUDA_ERROR(cuda::LaunchCommit<T>(storage.commit, count, path, cuda_.stream()),
+                       "committing a path");
+  if (!has_ssd_) return absl::OkStatus();
+  const int end = path.position + path.length;
+  for (int segment = path.position / kSegment * kSegment; segment + kSegment <= end;
+       segment += kSegment) {
+    RETURN_IF_CUDA_ERROR(cuda::LaunchFold<T>(storage.commit, fold_shapes_, count, fold_heads_,
+                                             fold_shared_, segment, cuda_.stream()),
+                         "folding a segment");
+  }
+  return absl::OkStatus();
+}
+
+template <typename T>
+absl::Status CudaDecoder<T>::CommitRows(DecodeState& state, std::span<const NodeId> path) const {
+  if (path.empty()) return absl::OkStatus();
+  cuda::CommitPath committed;
+  committed.length = static_cast<int>(path.size());
+  committed.position = state.position();
+  committed.kv_capacity = state.options().max_positions;
+  for (size_t i = 0; i < path.size(); ++i) committed.node[i] = static_cast<uint8_t>(path[i].value);
+  return CommitPath(state, committed);
+}
+
+template <typename T>
+size_t CudaDecoder<T>::PassBytes(int nodes, int context) const {
+  size_t bytes = stream_bytes_ + size_t{1} * nodes * spec_.info.hidden_size * sizeof(T);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    if (const auto* attention = std::get_if<AttentionSpec>(&spec_.blocks[i].mixer)) {
+      bytes += size_t{2} * attention->kv_heads * attention->head_dim * sizeof(T) * (context + nodes);
+    } else {
+      const SsdSpec& ssd = std::get<SsdSpec>(spec_.blocks[i].mixer);
+      const int64_t checkpoint = CheckpointFor(context);
+      const size_t row = ssd.inner() * sizeof(float) + ssd.heads * sizeof(float) +
+                         ssd.groups * layers_[i].scan.padded_d_state * sizeof(T);
+      if (checkpoint > 0) bytes += size_t{4} * ssd.inner() * ssd.d_state;
+      bytes += row * (context - checkpoint) + (row + ssd.channels() * sizeof(float)) * nodes;
+    }
+  }
+  return bytes;
+}
+
+template <typename T>
+absl::StatusOr<std::vector<double>> CudaDecoder<T>::Repeat(Workspace& workspace,
+                                                           int repetitions) const {
+  auto& ws = static_cast<CudaWorkspace&>(workspace);
+  if (ws.last_bucket < 0) return absl::FailedPreconditionError("repeat: no pass was run");
+  std::vector<cudaEvent_t> events(repetitions + 1);
+  for (cudaEvent_t& event : events) RETURN_IF_CUDA_ERROR(cudaEventCreate(&event), "making events");
+  int barriers = 0;
+  for (int i = 0; i < ws.last.op_count; ++i) barriers += ws.host_ops[ws.last_bucket][i].barrier;
+  RETURN_IF_CUDA_ERROR(cudaEventRecord(events[0], cuda_.stream()), "recording an event");
+  for (int i = 0; i < repetitions; ++i) {
+    cuda::PassArguments arguments = ws.last;
+    arguments.counter_base = ws.counter_base;
+    RETURN_IF_CUDA_ERROR(
+        cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
+                            cuda_.shared_bytes(), arguments, cuda_.stream()),
+        "launching a pass");
+    ws.counter_base += static_cast<uint32_t>(barriers) * cuda_.multiprocessors();
+    RETURN_IF_CUDA_ERROR(cudaEventRecord(events[i + 1], cuda_.stream()), "recording an event");
+  }
+  RETURN_IF_ERROR(cuda_.Synchronize());
+  std::vector<double> seconds;
+  for (int i = 0; i < repetitions; ++i) {
+    float milliseconds = 0.0f;
+    RETURN_IF_CUDA_ERROR(cudaEventElapsedTime(&milliseconds, events[i], events[i + 1]),
+                         "reading an event");
+    seconds.push_back(1e-3 * milliseconds);
+  }
+  for (cudaEvent_t event : events) cudaEventDestroy(event);
+  return seconds;
+}
+
+template <typename T>
+absl::StatusOr<std::vector<OperatorTime>> CudaDecoder<T>::Breakdown(Workspace& workspace) const {
+  auto& ws = static_cast<CudaWorkspace&>(workspace);
+  if (ws.last_bucket < 0) return absl::FailedPreconditionError("breakdown: no pass was run");
+  cuda::PassArguments arguments = ws.last;
+  arguments.counter_base = ws.counter_base;
+  arguments.clocks = ws.clocks;
+  const std::vector<cuda::Op>& ops = ws.host_ops[ws.last_bucket];
+  int barriers = 0;
+  for (int i = 0; i < arguments.op_count; ++i) barriers += ops[i].barrier;
+  RETURN_IF_CUDA_ERROR(
+      cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
+                          cuda_.shared_bytes(), arguments, cuda_.stream()),
+      "launching a pass");
+  ws.counter_base += static_cast<uint32_t>(barriers) * cuda_.multiprocessors();
+  std::vector<int64_t> clocks(arguments.op_count + 1);
+  RETURN_IF_ERROR(cuda_.ToHost(clocks.data(), ws.clocks, clocks.size() * sizeof(int64_t)));
+  std::vector<OperatorTime> times;
+  const double whole = static_cast<double>(clocks.back() - clocks.front());
+  for (int i = 0; i < arguments.op_count; ++i) {
+    OperatorTime time;
+    time.name = cuda::Name(ops[i].kind);
+    time.share = static_cast<double>(clocks[i + 1] - clocks[i]) / whole;
+    times.push_back(time);
+  }
+  return times;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CudaModel>> MakeCudaDecoder(CudaBackend& cuda, DecoderSpec spec,
+                                                           DType dtype) {
+  const auto make = [&](auto decoder) -> absl::StatusOr<std::unique_ptr<CudaModel>> {
+    RETURN_IF_ERROR(decoder->Prepare());
+    return std::unique_ptr<CudaModel>(std::move(decoder));
+  };
+  switch (dtype) {
+    case DType::kBF16:
+      return make(std::make_unique<CudaDecoder<__nv_bfloat16>>(cuda, std::move(spec), dtype));
+    case DType::kF32:
+      return make(std::make_unique<CudaDecoder<float>>(cuda, std::move(spec), dtype));
+    default:
+      return absl::UnimplementedError(
+          absl::StrCat("the CUDA backend computes in bf16 or f32, not ", std::string(Name(dtype))));
+  }
+}
+
+}  // namespace canopy

@@ -1,0 +1,83 @@
+// The persistent kernel of a pass: walks a list of operators on all multiprocessors.
+
+#ifndef CANOPY_MODELS_PASS_KERNEL_CUH_
+#define CANOPY_MODELS_PASS_KERNEL_CUH_
+
+#include <cuda_runtime.h>
+
+#include "core/cuda/pass.h"
+#include "core/ops/matmul_cuda.cuh"
+#include "core/ops/rows_cuda.cuh"
+#include "verify/tree_attention_cuda.cuh"
+#include "verify/tree_scan_cuda.cuh"
+
+namespace canopy::cuda {
+
+enum class OpKind : int32_t {
+  kEmbed,
+  kMatmul,
+  kScan,
+  kAttentionInputs,
+  kAttendBlocks,
+  kCombineBlocks,
+  kResidual,
+  kGated,
+  kSelect,
+};
+inline constexpr int kOpKinds = 9;
+constexpr const char* Name(OpKind kind) {
+  constexpr const char* kNames[kOpKinds] = {"embed",   "matmul",   "scan",  "attention inputs",
+                                            "attend",  "combine",  "residual", "gated activation",
+                                            "select"};
+  return kNames[static_cast<int>(kind)];
+}
+
+struct Op {
+  OpKind kind = OpKind::kEmbed;
+  // Whether the next operator reads or overwrites what this one wrote or read.
+  int32_t barrier = 1;
+  EmbedOp embed;
+  MatmulOp matmul;
+  ScanOp scan;
+  AttentionOp attention;
+  ResidualOp residual;
+  GatedOp gated;
+  SelectOp select;
+};
+
+struct PassArguments {
+  const Op* ops = nullptr;
+  int op_count = 0;
+  const PassNodes* nodes = nullptr;
+  uint32_t* counter = nullptr;  // of the grid's barriers, monotonic
+  uint32_t counter_base = 0;    // its value before the pass
+  int stream_weights_once = 1;  // whether the weights are larger than the cache
+  int64_t* clocks = nullptr;    // [op_count + 1] of block 0, or null
+};
+
+// Dynamic shared memory that a block asks for: all there is (227 KiB from compute capability 9.0,
+// 163 KiB from 8.0) less what the driver keeps.
+template <typename T>
+struct SharedLayout {
+  static constexpr int kRing = kSlots<T> * kSlotBytes;
+  static constexpr int kBarriers = 3 * 8 * 8 + 64;
+  static constexpr int kNodes = (sizeof(PassNodes) + 127) / 128 * 128;
+  static constexpr int kFixed = kRing + kBarriers + kNodes;
+};
+
+// rows: of the bucket, 8, 16, 32 or 64. shared_bytes: all that a block may have.
+template <typename T>
+cudaError_t LaunchPass(int bucket_rows, int blocks, int shared_bytes, const PassArguments& arguments,
+                       cudaStream_t stream);
+template <typename T>
+cudaError_t PreparePass(int shared_bytes);
+template <typename T>
+cudaError_t LaunchCommit(const CommitLayer<T>* layers, int layer_count, const CommitPath& path,
+                         cudaStream_t stream);
+template <typename T>
+cudaError_t LaunchFold(const CommitLayer<T>* layers, const FoldShape* shapes, int layer_count,
+                       int heads, int shared_bytes, int segment, cudaStream_t stream);
+
+}  // namespace canopy::cuda
+
+#endif  // CANOPY_MODELS_PASS_KERNEL_CUH_

@@ -1,0 +1,5 @@
+#include "models/pass_kernel_impl.cuh"
+
+namespace canopy::cuda {
+CANOPY_INSTANTIATE_PASS(float);
+}  // namespace canopy::cuda

@@ -1,0 +1,176 @@
+// Bodies of pass_kernel.cuh, instantiated for one element type by each pass_kernel_*.cu.
+
+#include "models/pass_kernel.cuh"
+
+namespace canopy::cuda {
+
+template <typename T, int kRowTiles>
+__global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arguments) {
+  extern __shared__ __align__(128) char shared[];
+  using Layout = SharedLayout<T>;
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + Layout::kRing);
+  uint32_t* finished = reinterpret_cast<uint32_t*>(barriers + 24);  // operators, by the whole grid
+  PassNodes* nodes = reinterpret_cast<PassNodes*>(shared + Layout::kRing + Layout::kBarriers);
+  char* work = shared + Layout::kFixed;
+
+  Ring ring = {shared, barriers, barriers + 8, barriers + 16};
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kSlots<T>; ++i) {
+      BarrierInit(&ring.weights_here[i], 1);
+      BarrierInit(&ring.acts_here[i], 1);
+      BarrierInit(&ring.empty[i], kConsumerWarps);
+    }
+    *finished = 0;
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    FenceProxyAsync();
+  }
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(PassNodes) / 4); i += kBlockThreads) {
+    reinterpret_cast<uint32_t*>(nodes)[i] = __ldcg(reinterpret_cast<const uint32_t*>(arguments.nodes) + i);
+  }
+  __syncthreads();
+
+  const int warp = threadIdx.x / 32;
+  if (warp == kConsumerWarps) {
+    if (threadIdx.x % 32 != 0) return;
+    const uint64_t policy = arguments.stream_weights_once ? EvictFirst() : EvictNormal();
+    for (int i = 0; i < arguments.op_count; ++i) {
+      if (arguments.ops[i].kind == OpKind::kMatmul) {
+        StreamWeights<T>(arguments.ops[i].matmul, kRowTiles, ring, policy);
+      }
+    }
+    return;
+  }
+  if (warp == kConsumerWarps + 1) {
+    if (threadIdx.x % 32 != 0) return;
+    const uint64_t policy = EvictNormal();
+    for (int i = 0; i < arguments.op_count; ++i) {
+      if (arguments.ops[i].kind != OpKind::kMatmul) continue;
+      while (LoadAcquireShared(finished) < static_cast<uint32_t>(i)) {
+      }
+      FenceProxyAsync();
+      StreamActs<T>(arguments.ops[i].matmul, kRowTiles, ring, policy);
+    }
+    return;
+  }
+
+  uint32_t barrier = arguments.counter_base;
+  if (arguments.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+    arguments.clocks[0] = clock64();
+  }
+  for (int i = 0; i < arguments.op_count; ++i) {
+    const Op& op = arguments.ops[i];
+    constexpr int kBucket = 8 * kRowTiles;
+    float* work_floats = reinterpret_cast<float*>(work);
+    switch (op.kind) {
+      case OpKind::kEmbed:
+        Embed<T>(op.embed, *nodes, kBucket);
+        break;
+      case OpKind::kMatmul:
+        ConsumeMatmul<T, kRowTiles>(op.matmul, nodes->rows, ring, work_floats);
+        break;
+      case OpKind::kScan:
+        Scan<T, kRowTiles>(op.scan, *nodes, work);
+        break;
+      case OpKind::kAttentionInputs:
+        AttentionInputs<T>(op.attention, *nodes, work_floats);
+        break;
+      case OpKind::kAttendBlocks:
+        AttendBlocks<T>(op.attention, *nodes, work_floats);
+        break;
+      case OpKind::kCombineBlocks:
+        CombineBlocks<T>(op.attention, *nodes, kBucket);
+        break;
+      case OpKind::kResidual:
+        Residual<T>(op.residual, *nodes, kBucket, work_floats);
+        break;
+      case OpKind::kGated:
+        Gated<T>(op.gated, *nodes, kBucket, work_floats);
+        break;
+      case OpKind::kSelect:
+        Select(op.select, *nodes);
+        break;
+    }
+    if (op.barrier != 0) {
+      // What this thread wrote is read by bulk copies of other blocks, too.
+      FenceProxyAsync();
+      NamedBarrier(1, kConsumers);
+      if (threadIdx.x == 0) {
+        __threadfence();
+        AddRelease(arguments.counter, 1);
+        barrier += gridDim.x;
+        while (static_cast<int32_t>(LoadAcquire(arguments.counter) - barrier) < 0) {
+        }
+        FenceProxyAsync();
+      }
+    } else {
+      NamedBarrier(1, kConsumers);
+    }
+    if (threadIdx.x == 0) {
+      StoreReleaseShared(finished, i + 1);
+      if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
+    }
+    NamedBarrier(1, kConsumers);
+  }
+}
+
+template <typename T, int kRowTiles>
+cudaError_t Launch(int blocks, int shared_bytes, PassArguments arguments, cudaStream_t stream) {
+  void* parameters[] = {&arguments};
+  return cudaLaunchCooperativeKernel(PassKernel<T, kRowTiles>, dim3(blocks), dim3(kBlockThreads),
+                                     parameters, shared_bytes, stream);
+}
+
+template <typename T>
+cudaError_t LaunchPass(int bucket_rows, int blocks, int shared_bytes, const PassArguments& arguments,
+                       cudaStream_t stream) {
+  switch (bucket_rows) {
+    case 8:
+      return Launch<T, 1>(blocks, shared_bytes, arguments, stream);
+    case 16:
+      return Launch<T, 2>(blocks, shared_bytes, arguments, stream);
+    case 32:
+      return Launch<T, 4>(blocks, shared_bytes, arguments, stream);
+    case 64:
+      return Launch<T, 8>(blocks, shared_bytes, arguments, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <typename T>
+cudaError_t PreparePass(int shared_bytes) {
+  for (const void* kernel :
+       {reinterpret_cast<const void*>(PassKernel<T, 1>), reinterpret_cast<const void*>(PassKernel<T, 2>),
+        reinterpret_cast<const void*>(PassKernel<T, 4>),
+        reinterpret_cast<const void*>(PassKernel<T, 8>)}) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaFuncSetAttribute(FoldKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              shared_bytes);
+}
+
+template <typename T>
+cudaError_t LaunchCommit(const CommitLayer<T>* layers, int layer_count, const CommitPath& path,
+                         cudaStream_t stream) {
+  CommitRowsKernel<T><<<dim3(path.length, layer_count), 256, 0, stream>>>(layers, path);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t LaunchFold(const CommitLayer<T>* layers, const FoldShape* shapes, int layer_count,
+                       int heads, int shared_bytes, int segment, cudaStream_t stream) {
+  FoldKernel<T><<<dim3(heads, layer_count), 256, shared_bytes, stream>>>(layers, shapes, segment);
+  return cudaGetLastError();
+}
+
+#define CANOPY_INSTANTIATE_PASS(T)                                                               \
+  template cudaError_t LaunchPass<T>(int, int, int, const PassArguments&, cudaStream_t);         \
+  template cudaError_t PreparePass<T>(int);                                                      \
+  template cudaError_t LaunchCommit<T>(const CommitLayer<T>*, int, const CommitPath&,            \
+                                       cudaStream_t);                                            \
+  template cudaError_t LaunchFold<T>(const CommitLayer<T>*, const FoldShape*, int, int, int, int, \
+                                     cudaStream_t)
+
+}  // namespace canopy::cuda

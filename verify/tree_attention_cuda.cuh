@@ -1,0 +1,226 @@
+// Tree attention on the device, in three operators with a barrier of the grid between them: q, k
+// and v of the new nodes (bias, norm, RoPE; k and v into the store), attention of each node and
+// head to a block of keys, and the blocks' combination into the output projection's input.
+//
+// Keys are taken in chunks of 32 and blocks of kKeysPerBlock at fixed absolute positions, wherever
+// their rows lie: so a node's bits depend on its path alone. Within a chunk probabilities are summed
+// in one fixed tree and values in position order.
+
+#ifndef CANOPY_VERIFY_TREE_ATTENTION_CUDA_CUH_
+#define CANOPY_VERIFY_TREE_ATTENTION_CUDA_CUH_
+
+#include "core/cuda/pass.h"
+
+namespace canopy::cuda {
+
+inline constexpr int kKeysPerBlock = 256;
+inline constexpr int kMaxHeadDim = 256;
+
+struct AttentionOp {
+  int layer = 0;
+  int heads = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  float scale = 0.0f;
+  Partials partials;  // q | k | v
+  RowNorm norm;       // of the product's input
+  const float* bias = nullptr;
+  const float* q_norm = nullptr;  // [head_dim]
+  const float* k_norm = nullptr;
+  float qk_norm_eps = 0.0f;
+  const float* inv_freq = nullptr;  // [rotary / 2]
+  int rotary = 0;
+  float* q = nullptr;   // [kMaxRows][heads * head_dim]
+  void* act = nullptr;  // the output projection's input
+};
+
+}  // namespace canopy::cuda
+
+#ifdef __CUDACC__
+
+#include "core/ops/rows_cuda.cuh"
+
+namespace canopy::cuda {
+
+inline constexpr int kDimsPerLane = kMaxHeadDim / 32;
+
+// One warp a row and head. `work`: [kMaxRows] factors, then [kConsumerWarps][kMaxHeadDim].
+template <typename T>
+__device__ inline void AttentionInputs(const AttentionOp& op, const PassNodes& nodes, float* work) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  RowFactors(op.norm, nodes.rows, work);
+  NamedBarrier(1, kConsumers);
+  float* head_values = work + kMaxRows + warp * kMaxHeadDim;
+  const LayerStore<T>& store = static_cast<const LayerStore<T>*>(nodes.layers)[op.layer];
+  const int all_heads = op.heads + 2 * op.kv_heads;
+  for (int task = warp * gridDim.x + blockIdx.x; task < nodes.rows * all_heads;
+       task += kConsumerWarps * gridDim.x) {
+    const int row = task / all_heads, head = task % all_heads;
+    const int first = head * op.head_dim;
+    __syncwarp();
+    float squares = 0.0f;
+    for (int d = lane; d < op.head_dim; d += 32) {
+      float value = work[row] * Sum(op.partials, row, first + d);
+      if (op.bias != nullptr) value += op.bias[first + d];
+      head_values[d] = value;
+      squares = fmaf(value, value, squares);
+    }
+    const bool is_q = head < op.heads, is_k = !is_q && head < op.heads + op.kv_heads;
+    const float* norm = is_q ? op.q_norm : is_k ? op.k_norm : nullptr;
+    if (norm != nullptr) {
+      const float factor =
+          rsqrtf(WarpSum(squares) / static_cast<float>(op.head_dim) + op.qk_norm_eps);
+      for (int d = lane; d < op.head_dim; d += 32) head_values[d] *= factor * norm[d];
+    }
+    __syncwarp();
+    if (is_q || is_k) {
+      const int half = op.rotary / 2;
+      const float position = static_cast<float>(nodes.position[row]);
+      for (int d = lane; d < half; d += 32) {
+        float sine, cosine;
+        sincosf(position * op.inv_freq[d], &sine, &cosine);
+        const float low = head_values[d], high = head_values[half + d];
+        head_values[d] = low * cosine - high * sine;
+        head_values[half + d] = high * cosine + low * sine;
+      }
+      __syncwarp();
+    }
+    if (is_q) {
+      float* to = op.q + (static_cast<int64_t>(row) * op.heads + head) * op.head_dim;
+      for (int d = lane; d < op.head_dim; d += 32) __stcg(to + d, head_values[d]);
+    } else {
+      const int kv_head = (head - op.heads) % op.kv_heads;
+      const int64_t stored = nodes.kv_capacity + nodes.first_pending + row;
+      T* to = (is_k ? store.k : store.v) + (stored * op.kv_heads + kv_head) * op.head_dim;
+      for (int d = lane; d < op.head_dim; d += 32) to[d] = FromFloat<T>(head_values[d]);
+    }
+  }
+}
+
+template <typename T>
+__device__ inline float DotKey(const float* q, const T* key, int head_dim) {
+  float sum = 0.0f;
+  if (head_dim % 8 == 0) {
+    constexpr int kVector = 16 / sizeof(T);
+    for (int d = 0; d < head_dim; d += kVector) {
+      const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(key + d));
+      T values[kVector];
+      memcpy(values, &bits, sizeof(bits));
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sum = fmaf(q[d + i], ToFloat(values[i]), sum);
+    }
+  } else {
+    for (int d = 0; d < head_dim; ++d) sum = fmaf(q[d], ToFloat(key[d]), sum);
+  }
+  return sum;
+}
+
+// One warp a row, head and block of keys.
+template <typename T>
+__device__ inline void AttendBlocks(const AttentionOp& op, const PassNodes& nodes, float* work) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float* q = work + warp * kMaxHeadDim;
+  const LayerStore<T>& store = static_cast<const LayerStore<T>*>(nodes.layers)[op.layer];
+  const int tasks = nodes.rows * op.heads * nodes.key_blocks;
+  for (int task = warp * gridDim.x + blockIdx.x; task < tasks; task += kConsumerWarps * gridDim.x) {
+    const int head = task % op.heads;
+    const int row = task / op.heads % nodes.rows;
+    const int block = task / op.heads / nodes.rows;
+    const int t = nodes.position[row];
+    const int first = block * kKeysPerBlock;
+    if (first > t) continue;
+    const int end = min(first + kKeysPerBlock, t + 1);
+    const int kv_head = head / (op.heads / op.kv_heads);
+    __syncwarp();
+    for (int d = lane; d < op.head_dim; d += 32) {
+      q[d] = op.scale * __ldcg(op.q + (static_cast<int64_t>(row) * op.heads + head) * op.head_dim + d);
+    }
+    __syncwarp();
+    float most = -INFINITY, total = 0.0f;
+    float sums[kDimsPerLane] = {};
+    for (int chunk = first; chunk < end; chunk += 32) {
+      const int position = chunk + lane;
+      const bool valid = position < end;
+      int64_t stored = 0;
+      float score = -INFINITY;
+      if (valid) {
+        stored = position < nodes.prefix
+                     ? position
+                     : nodes.kv_capacity + nodes.path[row][position - nodes.prefix];
+        score = DotKey<T>(q, store.k + (stored * op.kv_heads + kv_head) * op.head_dim, op.head_dim);
+      }
+      const float new_most = fmaxf(most, WarpMax(score));
+      const float correction = expf(most - new_most);  // 0 for the first chunk
+      const float p = valid ? expf(score - new_most) : 0.0f;
+      total = total * correction + WarpSum(p);
+#pragma unroll
+      for (int i = 0; i < kDimsPerLane; ++i) sums[i] *= correction;
+      most = new_most;
+      const int count = min(32, end - chunk);
+      for (int j = 0; j < count; ++j) {
+        const float pj = __shfl_sync(0xffffffffu, p, j);
+        const int64_t row_j = __shfl_sync(0xffffffffu, stored, j);
+        const T* value = store.v + (row_j * op.kv_heads + kv_head) * op.head_dim;
+#pragma unroll
+        for (int i = 0; i < kDimsPerLane; ++i) {
+          const int d = i * 32 + lane;
+          if (d < op.head_dim) sums[i] = fmaf(pj, ToFloat(value[d]), sums[i]);
+        }
+      }
+    }
+    float* to = nodes.attention +
+                ((static_cast<int64_t>(row) * op.heads + head) * nodes.key_blocks + block) *
+                    (op.head_dim + 2);
+    if (lane == 0) {
+      __stcg(to, most);
+      __stcg(to + 1, total);
+    }
+#pragma unroll
+    for (int i = 0; i < kDimsPerLane; ++i) {
+      const int d = i * 32 + lane;
+      if (d < op.head_dim) __stcg(to + 2 + d, sums[i]);
+    }
+  }
+}
+
+// One warp a row and head: its blocks, in order.
+template <typename T>
+__device__ inline void CombineBlocks(const AttentionOp& op, const PassNodes& nodes,
+                                     int bucket_rows) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int task = warp * gridDim.x + blockIdx.x; task < nodes.rows * op.heads;
+       task += kConsumerWarps * gridDim.x) {
+    const int row = task / op.heads, head = task % op.heads;
+    const int blocks = nodes.position[row] / kKeysPerBlock + 1;
+    const float* from = nodes.attention + (static_cast<int64_t>(row) * op.heads + head) *
+                                              nodes.key_blocks * (op.head_dim + 2);
+    float most = -INFINITY, total = 0.0f;
+    float sums[kDimsPerLane] = {};
+    for (int block = 0; block < blocks; ++block, from += op.head_dim + 2) {
+      const float block_most = __ldcg(from);
+      const float new_most = fmaxf(most, block_most);
+      const float before = expf(most - new_most), here = expf(block_most - new_most);
+      total = fmaf(total, before, here * __ldcg(from + 1));
+#pragma unroll
+      for (int i = 0; i < kDimsPerLane; ++i) {
+        const int d = i * 32 + lane;
+        if (d < op.head_dim) sums[i] = fmaf(sums[i], before, here * __ldcg(from + 2 + d));
+      }
+      most = new_most;
+    }
+#pragma unroll
+    for (int i = 0; i < kDimsPerLane; ++i) {
+      const int d = i * 32 + lane;
+      if (d >= op.head_dim) continue;
+      const int column = head * op.head_dim + d;
+      T* to = static_cast<T*>(op.act) + (static_cast<int64_t>(column / 16) * bucket_rows + row) * 16 +
+              ActivationSlot(column % 16);
+      *to = FromFloat<T>(sums[i] / total);
+    }
+  }
+}
+
+}  // namespace canopy::cuda
+
+#endif  // __CUDACC__
+#endif  // CANOPY_VERIFY_TREE_ATTENTION_CUDA_CUH_
