@@ -20,6 +20,8 @@ constexpr Command kCommands[] = {
     {"inspect", "DIR [--check]",
      "architecture, layers, parameters and memory of a checkpoint; --check scans its weights",
      RunInspectCommand},
+    {"bench", "--model DIR [--device cuda] [--nodes 1,2,...] [--context N,...] [--compare]",
+     "what a pass costs on a GPU by its number of nodes (`canopy bench --help`)", RunBenchCommand},
     {"list", "", "what there is: architectures, drafters, acceptance rules, config keys",
      RunListCommand},
 };

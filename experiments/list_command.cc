@@ -6,6 +6,7 @@
 #include "experiments/commands.h"
 #include "experiments/config.h"
 #include "models/loader.h"
+#include "models/synthetic.h"
 #include "verify/acceptance.h"
 
 namespace canopy {
@@ -14,6 +15,10 @@ int RunListCommand(std::span<const std::string> args) {
   if (!args.empty()) return ReportUsage("list", "takes no arguments");
   std::printf("architectures (model_type of config.json)\n");
   for (const std::string& name : ListArchitectures()) std::printf("  %s\n", name.c_str());
+  std::printf("\nsynthetic models (a path to a model with random weights)\n");
+  for (const auto& [name, source] : ListSyntheticModels()) {
+    std::printf("  %-34s sizes of %s\n", name.c_str(), source.c_str());
+  }
   std::printf("\ndrafters (draft.kind)\n");
   for (const auto& [name, help] : ListDrafters()) {
     std::printf("  %-12s %s\n", name.c_str(), help.c_str());

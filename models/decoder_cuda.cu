@@ -173,8 +173,18 @@ class CudaDecoder final : public CudaModel {
   size_t PassBytes(int nodes, int context) const override;
   absl::StatusOr<std::vector<double>> Repeat(Workspace& workspace, int repetitions) const override;
   absl::StatusOr<std::vector<OperatorTime>> Breakdown(Workspace& workspace) const override;
+  std::vector<std::pair<std::pair<int, int>, int>> Products() const override;
+  absl::StatusOr<std::vector<double>> TimeProduct(int product, int rows,
+                                                  int repetitions) const override;
 
  private:
+  // Every product's matrix with its outputs and inputs, in the order of a pass.
+  struct Product {
+    const DeviceMatrix* matrix;
+    int out, in;
+  };
+  std::vector<Product> AllProducts() const;
+
   // Weights of one block on the device.
   struct Layer {
     DeviceMatrix in, out, gate_up, down;  // in: in_proj or q, k and v
@@ -1063,6 +1073,92 @@ absl::StatusOr<std::vector<OperatorTime>> CudaDecoder<T>::Breakdown(Workspace& w
     time.share = static_cast<double>(clocks[i + 1] - clocks[i]) / whole;
     times.push_back(time);
   }
+  return times;
+}
+
+template <typename T>
+std::vector<typename CudaDecoder<T>::Product> CudaDecoder<T>::AllProducts() const {
+  std::vector<Product> products;
+  const int hidden = spec_.info.hidden_size;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Layer& layer = layers_[i];
+    const BlockSpec& block = spec_.blocks[i];
+    if (const auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
+      products.push_back({&layer.in, attention->qkv.out_features(), hidden});
+      products.push_back({&layer.out, hidden, attention->heads * attention->head_dim});
+    } else {
+      const SsdSpec& ssd = std::get<SsdSpec>(block.mixer);
+      products.push_back({&layer.in, ssd.in_proj.out_features(), hidden});
+      products.push_back({&layer.out, hidden, ssd.inner()});
+    }
+    if (block.mlp) {
+      products.push_back({&layer.gate_up, 2 * block.mlp->intermediate, hidden});
+      products.push_back({&layer.down, hidden, block.mlp->intermediate});
+    }
+  }
+  products.push_back({&head_, spec_.info.vocab_size, hidden});
+  return products;
+}
+
+template <typename T>
+std::vector<std::pair<std::pair<int, int>, int>> CudaDecoder<T>::Products() const {
+  std::vector<std::pair<std::pair<int, int>, int>> shapes;
+  const std::vector<Product> all = AllProducts();
+  for (size_t i = 0; i < all.size(); ++i) {
+    const std::pair<int, int> shape = {all[i].out, all[i].in};
+    const bool known = std::any_of(shapes.begin(), shapes.end(),
+                                   [&](const auto& s) { return s.first == shape; });
+    if (!known) shapes.push_back({shape, static_cast<int>(i)});
+  }
+  return shapes;
+}
+
+template <typename T>
+absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(int product, int rows,
+                                                                int repetitions) const {
+  const std::vector<Product> all = AllProducts();
+  CHECK(product >= 0 && product < static_cast<int>(all.size()) && rows >= 1 && rows <= max_rows_);
+  const int bucket = BucketOf(rows);
+  Places places;
+  CudaWorkspace ws;
+  Pieces pieces;
+  AddPieces(pieces, places, ws);
+  ASSIGN_OR_RETURN(ws.memory, pieces.Place(cuda_));
+  std::vector<cuda::Op> ops;
+  int products = 0;
+  // A few rounds, so that the launch does not count.
+  while (ops.size() < 64) {
+    for (const Product& p : all) {
+      if (p.out != all[product].out || p.in != all[product].in) continue;
+      ++products;
+      for (const DeviceMatrix::Part& part : p.matrix->parts) {
+        cuda::Op op;
+        op.kind = cuda::OpKind::kMatmul;
+        op.barrier = &part == &p.matrix->parts.back();
+        op.matmul = part.op;
+        op.matmul.act = p.in == spec_.info.hidden_size ? places.act_hidden[bucket]
+                                                       : places.act_mixed[bucket];
+        op.matmul.out = (p.matrix == &head_ ? ws.logits : places.partials) + part.first_column;
+        ops.push_back(op);
+      }
+    }
+  }
+  Pieces tables;
+  cuda::Op* device_ops = nullptr;
+  tables.Add(&device_ops, ops.size());
+  tables.Add(&ws.nodes, 1);
+  tables.Add(&ws.counter, 64);
+  ASSIGN_OR_RETURN(ws.tables, tables.Place(cuda_));
+  RETURN_IF_ERROR(cuda_.ToDevice(device_ops, ops.data(), ops.size() * sizeof(cuda::Op)));
+  RETURN_IF_ERROR(cuda_.ToDevice(&ws.nodes->rows, &rows, sizeof(rows)));
+  ws.host_ops[bucket] = ops;
+  ws.last_bucket = bucket;
+  ws.last.ops = device_ops;
+  ws.last.op_count = static_cast<int>(ops.size());
+  ws.last.nodes = ws.nodes;
+  ws.last.counter = ws.counter;
+  ASSIGN_OR_RETURN(std::vector<double> times, Repeat(ws, repetitions));
+  for (double& time : times) time /= products;
   return times;
 }
 

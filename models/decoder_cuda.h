@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/cuda_backend.h"
@@ -32,6 +33,12 @@ class CudaModel : public LanguageModel {
   // The pass that was run last in the workspace, run again `repetitions` times between events, one
   // time each, in seconds. The state's pending nodes and its prefix stay as they are.
   virtual absl::StatusOr<std::vector<double>> Repeat(Workspace& workspace, int repetitions) const = 0;
+  // The model's products, one of each shape: {outputs, inputs} and a number for TimeProduct.
+  virtual std::vector<std::pair<std::pair<int, int>, int>> Products() const = 0;
+  // Seconds of that product alone for `rows` rows, its barrier of the grid included, in passes over
+  // the products of that shape in all layers (the weights of one come from memory).
+  virtual absl::StatusOr<std::vector<double>> TimeProduct(int product, int rows,
+                                                          int repetitions) const = 0;
   // The same once, with a clock read at every operator.
   virtual absl::StatusOr<std::vector<OperatorTime>> Breakdown(Workspace& workspace) const = 0;
 };
