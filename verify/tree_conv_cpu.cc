@@ -56,6 +56,7 @@ absl::Status TreeConvSilu(CpuBackend& cpu, const TreePlan& plan, ConstMatrix in,
                                                    channels, " weights, ", out.columns, " out"));
   }
   const Matrix store = state.rows.view();
+  const size_t bytes = sizeof(float) * channels;
   // A node is a few microseconds of work at most; a task takes several so that waking threads pays.
   constexpr int kNodesPerTask = 4;
   cpu.pool().Run((plan.rows() + kNodesPerTask - 1) / kNodesPerTask, [&](int task) {
@@ -81,14 +82,17 @@ absl::Status TreeConvSilu(CpuBackend& cpu, const TreePlan& plan, ConstMatrix in,
       }
       HWY_DYNAMIC_DISPATCH(ConvSiluRow)
       (taps, kernel, channels, weight, bias.data, out.row(plan.first_row() + i));
+      // Nobody reads the row of a new node in this pass.
+      if (!plan.chain()) {
+        std::memcpy(store.row(kernel - 1 + plan.first_pending() + i), in.row(plan.first_row() + i),
+                    bytes);
+      }
     }
   });
-  const size_t bytes = sizeof(float) * channels;
-  const int first_kept = plan.chain() ? std::max(0, plan.rows() - (kernel - 1)) : 0;
+  // A chain's rows take the place of rows that its first nodes have read.
+  const int first_kept = plan.chain() ? std::max(0, plan.rows() - (kernel - 1)) : plan.rows();
   for (int i = first_kept; i < plan.rows(); ++i) {
-    const int to =
-        plan.chain() ? plan.position(i) % (kernel - 1) : kernel - 1 + plan.first_pending() + i;
-    std::memcpy(store.row(to), in.row(plan.first_row() + i), bytes);
+    std::memcpy(store.row(plan.position(i) % (kernel - 1)), in.row(plan.first_row() + i), bytes);
   }
   return absl::OkStatus();
 }

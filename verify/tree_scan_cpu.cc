@@ -197,6 +197,10 @@ void ScanTile(const ScanTask& task) {
   }
 }
 
+// How far ahead the fold asks for the state, in floats: both checkpoints have left the caches since
+// the last fold. A tenth faster on Zen 4 than without; 2 and 8 KiB gain less.
+constexpr int64_t kFoldPrefetch = 1024;
+
 // S <- exp(l_last) S + sum over k of exp(l_last - l_k) u_k B_k^T, k in path order.
 template <int kStates, int kVectors>
 HWY_INLINE void FoldBlock(const FoldTask& task, float decay, const float* weights, int n,
@@ -208,6 +212,9 @@ HWY_INLINE void FoldBlock(const FoldTask& task, float decay, const float* weight
   for (int i = 0; i < kStates; ++i) {
     for (int v = 0; v < kVectors; ++v) {
       const int64_t at = static_cast<int64_t>(n + i) * task.padded_head_dim + first + v * lanes;
+      // Past the end a prefetch does nothing.
+      __builtin_prefetch(task.from + at + kFoldPrefetch);
+      __builtin_prefetch(task.to + at + kFoldPrefetch, 1);
       acc[i][v] = hn::Mul(decay_v, hn::Load(d, task.from + at));
     }
   }

@@ -146,6 +146,25 @@ HWY_NOINLINE void Tile(const MatMulKernelArgs& args, int row, int unit) {
     }
   }
 
+  // The common case straight from the registers: whole columns without a bias.
+  if (kCount == 1 && args.bias == nullptr) {
+    const int column = unit / kUnits * kPanel + unit % kUnits * kLanes;
+    if (column + kHalf + kLanes <= args.n) {
+      float* y = args.y + row * args.y_stride + column;
+      CANOPY_UNROLL
+      for (int r = 0; r < kRows; ++r, y += args.y_stride) {
+        V low = sums[r][0];
+        V high = sums[r][1];
+        if (args.accumulate) {
+          low = hn::Add(hn::LoadU(d, y), low);
+          high = hn::Add(hn::LoadU(d, y + kHalf), high);
+        }
+        hn::StoreU(low, d, y);
+        hn::StoreU(high, d, y + kHalf);
+      }
+      return;
+    }
+  }
   HWY_ALIGN float block[kRows * 2 * kCount * kLanes];
   CANOPY_UNROLL
   for (int r = 0; r < kRows; ++r) {
