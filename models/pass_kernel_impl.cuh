@@ -4,6 +4,75 @@
 
 namespace canopy::cuda {
 
+// What the computing warps do.
+template <typename T, int kRowTiles>
+__device__ inline void Consume(const PassArguments& arguments, Ring& ring, const PassNodes& nodes,
+                               uint32_t* finished, char* work) {
+  uint32_t barrier = arguments.counter_base;
+  if (arguments.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+    arguments.clocks[0] = clock64();
+  }
+  for (int i = 0; i < arguments.op_count; ++i) {
+    const Op& op = arguments.ops[i];
+    constexpr int kBucket = 8 * kRowTiles;
+    float* work_floats = reinterpret_cast<float*>(work);
+    switch (op.kind) {
+      case OpKind::kEmbed:
+        Embed<T>(op.embed, nodes, kBucket);
+        break;
+      case OpKind::kMatmul:
+        ConsumeMatmul<T, kRowTiles>(op.matmul, nodes.rows, ring, work_floats);
+        break;
+      case OpKind::kScan:
+        Scan<T, kRowTiles>(op.scan, nodes, work);
+        break;
+      case OpKind::kAttentionInputs:
+        AttentionInputs<T>(op.attention, nodes, work_floats);
+        break;
+      case OpKind::kAttendBlocks:
+        if (op.attention.head_dim <= 64) {
+          AttendBlocks<T, 2>(op.attention, nodes, work_floats);
+        } else if (op.attention.head_dim <= 128) {
+          AttendBlocks<T, 4>(op.attention, nodes, work_floats);
+        } else {
+          AttendBlocks<T, 8>(op.attention, nodes, work_floats);
+        }
+        break;
+      case OpKind::kCombineBlocks:
+        CombineBlocks<T>(op.attention, nodes, kBucket);
+        break;
+      case OpKind::kResidual:
+        Residual<T>(op.residual, nodes, kBucket, work_floats);
+        break;
+      case OpKind::kGated:
+        Gated<T>(op.gated, nodes, kBucket, work_floats);
+        break;
+      case OpKind::kSelect:
+        Select(op.select, nodes);
+        break;
+    }
+    if (op.barrier != 0) {
+      // What this thread wrote is read by bulk copies of other blocks, too.
+      FenceProxyAsync();
+      NamedBarrier(1, kConsumers);
+      if (threadIdx.x == 0) {
+        AddRelease(arguments.counter, 1);
+        barrier += gridDim.x;
+        while (static_cast<int32_t>(LoadAcquire(arguments.counter) - barrier) < 0) {
+        }
+        FenceProxyAsync();
+      }
+    } else {
+      NamedBarrier(1, kConsumers);
+    }
+    if (threadIdx.x == 0) {
+      StoreReleaseShared(finished, i + 1);
+      if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
+    }
+    NamedBarrier(1, kConsumers);
+  }
+}
+
 template <typename T, int kRowTiles>
 __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arguments) {
   extern __shared__ __align__(128) char shared[];
@@ -29,87 +98,28 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
   }
   __syncthreads();
 
-  const int warp = threadIdx.x / 32;
-  if (warp == kConsumerWarps) {
-    if (threadIdx.x % 32 != 0) return;
-    const uint64_t policy = arguments.stream_weights_once ? EvictFirst() : EvictNormal();
-    for (int i = 0; i < arguments.op_count; ++i) {
-      if (arguments.ops[i].kind == OpKind::kMatmul) {
-        StreamWeights<T>(arguments.ops[i].matmul, kRowTiles, ring, policy);
+  if (threadIdx.x >= kConsumers) {
+    LowerRegisters<40>();
+    if (threadIdx.x == kConsumers) {
+      const uint64_t policy = arguments.stream_weights_once ? EvictFirst() : EvictNormal();
+      for (int i = 0; i < arguments.op_count; ++i) {
+        if (arguments.ops[i].kind == OpKind::kMatmul) {
+          StreamWeights<T>(arguments.ops[i].matmul, kRowTiles, ring, policy);
+        }
       }
-    }
-    return;
-  }
-  if (warp == kConsumerWarps + 1) {
-    if (threadIdx.x % 32 != 0) return;
-    const uint64_t policy = EvictNormal();
-    for (int i = 0; i < arguments.op_count; ++i) {
-      if (arguments.ops[i].kind != OpKind::kMatmul) continue;
-      while (LoadAcquireShared(finished) < static_cast<uint32_t>(i)) {
-      }
-      FenceProxyAsync();
-      StreamActs<T>(arguments.ops[i].matmul, kRowTiles, ring, policy);
-    }
-    return;
-  }
-
-  uint32_t barrier = arguments.counter_base;
-  if (arguments.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
-    arguments.clocks[0] = clock64();
-  }
-  for (int i = 0; i < arguments.op_count; ++i) {
-    const Op& op = arguments.ops[i];
-    constexpr int kBucket = 8 * kRowTiles;
-    float* work_floats = reinterpret_cast<float*>(work);
-    switch (op.kind) {
-      case OpKind::kEmbed:
-        Embed<T>(op.embed, *nodes, kBucket);
-        break;
-      case OpKind::kMatmul:
-        ConsumeMatmul<T, kRowTiles>(op.matmul, nodes->rows, ring, work_floats);
-        break;
-      case OpKind::kScan:
-        Scan<T, kRowTiles>(op.scan, *nodes, work);
-        break;
-      case OpKind::kAttentionInputs:
-        AttentionInputs<T>(op.attention, *nodes, work_floats);
-        break;
-      case OpKind::kAttendBlocks:
-        AttendBlocks<T>(op.attention, *nodes, work_floats);
-        break;
-      case OpKind::kCombineBlocks:
-        CombineBlocks<T>(op.attention, *nodes, kBucket);
-        break;
-      case OpKind::kResidual:
-        Residual<T>(op.residual, *nodes, kBucket, work_floats);
-        break;
-      case OpKind::kGated:
-        Gated<T>(op.gated, *nodes, kBucket, work_floats);
-        break;
-      case OpKind::kSelect:
-        Select(op.select, *nodes);
-        break;
-    }
-    if (op.barrier != 0) {
-      // What this thread wrote is read by bulk copies of other blocks, too.
-      FenceProxyAsync();
-      NamedBarrier(1, kConsumers);
-      if (threadIdx.x == 0) {
-        __threadfence();
-        AddRelease(arguments.counter, 1);
-        barrier += gridDim.x;
-        while (static_cast<int32_t>(LoadAcquire(arguments.counter) - barrier) < 0) {
+    } else if (threadIdx.x == kConsumers + 32) {
+      const uint64_t policy = EvictNormal();
+      for (int i = 0; i < arguments.op_count; ++i) {
+        if (arguments.ops[i].kind != OpKind::kMatmul) continue;
+        while (LoadAcquireShared(finished) < static_cast<uint32_t>(i)) {
         }
         FenceProxyAsync();
+        StreamActs<T>(arguments.ops[i].matmul, kRowTiles, ring, policy);
       }
-    } else {
-      NamedBarrier(1, kConsumers);
     }
-    if (threadIdx.x == 0) {
-      StoreReleaseShared(finished, i + 1);
-      if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
-    }
-    NamedBarrier(1, kConsumers);
+  } else {
+    RaiseRegisters<232>();
+    Consume<T, kRowTiles>(arguments, ring, *nodes, finished, work);
   }
 }
 

@@ -13,7 +13,7 @@
 
 namespace canopy::cuda {
 
-inline constexpr int kKeysPerBlock = 256;
+inline constexpr int kKeysPerBlock = 128;
 inline constexpr int kMaxHeadDim = 256;
 
 struct AttentionOp {
@@ -42,7 +42,6 @@ struct AttentionOp {
 
 namespace canopy::cuda {
 
-inline constexpr int kDimsPerLane = kMaxHeadDim / 32;
 
 // One warp a row and head. `work`: [kMaxRows] factors, then [kConsumerWarps][kMaxHeadDim].
 template <typename T>
@@ -101,13 +100,26 @@ template <typename T>
 __device__ inline float DotKey(const float* q, const T* key, int head_dim) {
   float sum = 0.0f;
   if (head_dim % 8 == 0) {
+    // Loads go out four at a time.
     constexpr int kVector = 16 / sizeof(T);
-    for (int d = 0; d < head_dim; d += kVector) {
-      const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(key + d));
-      T values[kVector];
-      memcpy(values, &bits, sizeof(bits));
+    for (int d = 0; d < head_dim; d += 4 * kVector) {
+      uint4 bits[4];
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) sum = fmaf(q[d + i], ToFloat(values[i]), sum);
+      for (int k = 0; k < 4; ++k) {
+        if (d + k * kVector < head_dim) {
+          bits[k] = __ldcg(reinterpret_cast<const uint4*>(key + d + k * kVector));
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (d + k * kVector >= head_dim) break;
+        T values[kVector];
+        memcpy(values, &bits[k], sizeof(bits[k]));
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          sum = fmaf(q[d + k * kVector + i], ToFloat(values[i]), sum);
+        }
+      }
     }
   } else {
     for (int d = 0; d < head_dim; ++d) sum = fmaf(q[d], ToFloat(key[d]), sum);
@@ -115,9 +127,10 @@ __device__ inline float DotKey(const float* q, const T* key, int head_dim) {
   return sum;
 }
 
-// One warp a row, head and block of keys.
-template <typename T>
-__device__ inline void AttendBlocks(const AttentionOp& op, const PassNodes& nodes, float* work) {
+// One warp a row, head and block of keys. kDimsPerLane: of heads of up to 32 times as many.
+// A function of its own, so that its many registers are not the whole kernel's.
+template <typename T, int kDimsPerLane>
+__device__ __noinline__ void AttendBlocks(const AttentionOp& op, const PassNodes& nodes, float* work) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* q = work + warp * kMaxHeadDim;
   const LayerStore<T>& store = static_cast<const LayerStore<T>*>(nodes.layers)[op.layer];
@@ -141,13 +154,15 @@ __device__ inline void AttendBlocks(const AttentionOp& op, const PassNodes& node
     for (int chunk = first; chunk < end; chunk += 32) {
       const int position = chunk + lane;
       const bool valid = position < end;
-      int64_t stored = 0;
+      int stored = 0;
       float score = -INFINITY;
       if (valid) {
         stored = position < nodes.prefix
                      ? position
                      : nodes.kv_capacity + nodes.path[row][position - nodes.prefix];
-        score = DotKey<T>(q, store.k + (stored * op.kv_heads + kv_head) * op.head_dim, op.head_dim);
+        score = DotKey<T>(
+            q, store.k + (static_cast<int64_t>(stored) * op.kv_heads + kv_head) * op.head_dim,
+            op.head_dim);
       }
       const float new_most = fmaxf(most, WarpMax(score));
       const float correction = expf(most - new_most);  // 0 for the first chunk
@@ -157,14 +172,30 @@ __device__ inline void AttendBlocks(const AttentionOp& op, const PassNodes& node
       for (int i = 0; i < kDimsPerLane; ++i) sums[i] *= correction;
       most = new_most;
       const int count = min(32, end - chunk);
-      for (int j = 0; j < count; ++j) {
-        const float pj = __shfl_sync(0xffffffffu, p, j);
-        const int64_t row_j = __shfl_sync(0xffffffffu, stored, j);
-        const T* value = store.v + (row_j * op.kv_heads + kv_head) * op.head_dim;
+      // Several rows of values are on their way at a time.
+      constexpr int kAheadRows = kDimsPerLane <= 4 ? 8 : 4;
+      for (int j = 0; j < count; j += kAheadRows) {
+        T values[kAheadRows][kDimsPerLane];
 #pragma unroll
-        for (int i = 0; i < kDimsPerLane; ++i) {
-          const int d = i * 32 + lane;
-          if (d < op.head_dim) sums[i] = fmaf(pj, ToFloat(value[d]), sums[i]);
+        for (int k = 0; k < kAheadRows; ++k) {
+          const int row_j = __shfl_sync(0xffffffffu, stored, j + k);
+          const T* from =
+              store.v + (static_cast<int64_t>(row_j) * op.kv_heads + kv_head) * op.head_dim;
+#pragma unroll
+          for (int i = 0; i < kDimsPerLane; ++i) {
+            const int d = i * 32 + lane;
+            if (d < op.head_dim) values[k][i] = from[d];
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < kAheadRows; ++k) {
+          const float pj = __shfl_sync(0xffffffffu, p, j + k);
+          if (j + k >= count) break;
+#pragma unroll
+          for (int i = 0; i < kDimsPerLane; ++i) {
+            const int d = i * 32 + lane;
+            if (d < op.head_dim) sums[i] = fmaf(pj, ToFloat(values[k][i]), sums[i]);
+          }
         }
       }
     }
@@ -187,6 +218,7 @@ __device__ inline void AttendBlocks(const AttentionOp& op, const PassNodes& node
 template <typename T>
 __device__ inline void CombineBlocks(const AttentionOp& op, const PassNodes& nodes,
                                      int bucket_rows) {
+  constexpr int kDimsPerLane = kMaxHeadDim / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int task = warp * gridDim.x + blockIdx.x; task < nodes.rows * op.heads;
        task += kConsumerWarps * gridDim.x) {

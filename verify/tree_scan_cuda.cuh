@@ -58,23 +58,34 @@ CANOPY_HOST_DEVICE constexpr int StateElement(int p, int n, int padded_d_state) 
 
 // Floats between the weights of two nodes: odd, so that nodes lie in different banks.
 inline constexpr int kWeightStride = 65;
+// Elements between rows of B and C beyond the state: so that eight rows lie in different banks.
+inline constexpr int kRowPad = 8;
 
 // Shared memory of the scan, in bytes, for buckets of `rows` rows.
 template <typename T>
 struct ScanLayout {
-  int c, b, u, x, weights, decay, dt, factor, end;
+  // b, c: of new nodes; ring_b, ring_u: of the prefix's last 64 positions; pending_u, which takes
+  // the place of c and b once those are used up; raw: the convolution's inputs of `chunk` channels.
+  int c, b, pending_u, ring_b, ring_u, x, raw, weights, decay, dt, factor, end;
+  int chunk;
 
   CANOPY_HOST_DEVICE ScanLayout(int rows, int slice, int padded_d_state) {
-    const int row_bytes = (padded_d_state + 8) * static_cast<int>(sizeof(T));
+    const int row_bytes = (padded_d_state + kRowPad) * static_cast<int>(sizeof(T));
     c = 0;
     b = c + rows * row_bytes;
-    // The u of all stored rows take the place of C and B once those are used up.
-    u = 0;
+    pending_u = 0;
     const int first = b + rows * row_bytes;
-    const int second = (64 + kMaxRows) * slice * 4;
-    x = first > second ? first : second;
+    const int second = kMaxRows * slice * 4;
+    ring_b = first > second ? first : second;
+    ring_u = ring_b + 64 * row_bytes;
+    x = ring_u + 64 * slice * 4;
     weights = x + rows * slice * static_cast<int>(sizeof(T));
-    decay = weights + rows * kWeightStride * 4;  // and the convolution's raw inputs
+    // The raw inputs lie where weights will be, and where those are small, in more room.
+    raw = weights;
+    chunk = 5120 / rows < 64 ? 64 : 5120 / rows / 64 * 64;
+    const int raw_bytes = rows * chunk * 4;
+    const int weight_bytes = rows * kWeightStride * 4;
+    decay = weights + (raw_bytes > weight_bytes ? raw_bytes : weight_bytes);
     dt = decay + (64 + kMaxRows) * 4;
     factor = dt + kMaxRows * 4;
     end = factor + kMaxRows * 4;
@@ -89,45 +100,18 @@ struct ScanLayout {
 
 namespace canopy::cuda {
 
-// Convolution and activation of up to 64 channels, for all rows: raw inputs go to `raw` [rows][64]
-// and, if `keep`, to the store; results to out[row * stride + channel].
-template <typename T>
-__device__ inline void ConvChannels(const ScanOp& op, const PassNodes& nodes,
-                                    const LayerStore<T>& store, int first, int count, bool keep,
-                                    const float* factor, float* raw, T* out, int stride) {
-  const int inner = op.heads * op.head_dim;
-  const int channels = inner + 2 * op.groups * op.d_state;
-  const int channel = threadIdx.x % 64;
-  const bool mine = channel < count;
-  const int at = first + channel;
-  NamedBarrier(1, kConsumers);  // raw is free
-  if (mine) {
-    const float bias = op.in_bias != nullptr ? op.in_bias[inner + at] : 0.0f;
-    for (int row = threadIdx.x / 64; row < nodes.rows; row += kConsumers / 64) {
-      const float value = factor[row] * Sum(op.partials, row, inner + at) + bias;
-      raw[row * 64 + channel] = value;
-      if (keep) {
-        const int64_t to = op.taps + nodes.first_pending + row;
-        store.conv[to * channels + at] = value;
-      }
-    }
+// The channels that a slice needs, numbered: its x, then B, then C.
+struct SliceChannels {
+  int x, dims;  // first channel of x, and how many
+  int b, c;     // first channels of the group's
+  int d_state;
+
+  __device__ int count() const { return dims + 2 * d_state; }
+  __device__ int Channel(int i) const {
+    if (i < dims) return x + i;
+    return i < dims + d_state ? b + i - dims : c + i - dims - d_state;
   }
-  NamedBarrier(1, kConsumers);
-  if (!mine) return;
-  const float bias = op.conv_bias[at];
-  for (int row = threadIdx.x / 64; row < nodes.rows; row += kConsumers / 64) {
-    float sum = bias;
-    for (int back = op.taps; back > 0; --back) {
-      const int tap = nodes.taps[row][back - 1];
-      if (tap == -1) continue;
-      const float input = tap >= 0 ? raw[tap * 64 + channel]
-                                   : store.conv[static_cast<int64_t>(-2 - tap) * channels + at];
-      sum = fmaf(op.conv_weight[(op.taps - back) * op.conv_stride + at], input, sum);
-    }
-    sum = fmaf(op.conv_weight[op.taps * op.conv_stride + at], raw[row * 64 + channel], sum);
-    out[row * stride + channel] = FromFloat<T>(Silu(sum));
-  }
-}
+};
 
 template <typename T, int kRowTiles>
 __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int head, int slice,
@@ -138,12 +122,15 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
   const ScanLayout<T> layout(kRows, op.slice, op.padded_d_state);
   T* c = reinterpret_cast<T*>(work + layout.c);
   T* b = reinterpret_cast<T*>(work + layout.b);
-  float* u = reinterpret_cast<float*>(work + layout.u);
+  float* pending_u = reinterpret_cast<float*>(work + layout.pending_u);
+  T* ring_b = reinterpret_cast<T*>(work + layout.ring_b);
+  float* ring_u = reinterpret_cast<float*>(work + layout.ring_u);
   T* x = reinterpret_cast<T*>(work + layout.x);
+  float* raw = reinterpret_cast<float*>(work + layout.raw);
   float* weights = reinterpret_cast<float*>(work + layout.weights);
   float* decay = reinterpret_cast<float*>(work + layout.decay);
   float* dt = reinterpret_cast<float*>(work + layout.dt);
-  const float* factor = reinterpret_cast<float*>(work + layout.factor);
+  float* factor = reinterpret_cast<float*>(work + layout.factor);
 
   const int inner = op.heads * op.head_dim;
   const int channels = inner + 2 * op.groups * op.d_state;
@@ -152,38 +139,127 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
   const int dims = min(op.slice, op.head_dim - first_dim);
   const int first_x = head * op.head_dim + first_dim;
   const int ds = op.padded_d_state;
-  const int c_stride = ds + 8;
+  const int c_stride = ds + kRowPad;
   const int rows = nodes.rows;
-  const int pending_end = nodes.first_pending + rows;
+  const int new_rows = 64 + nodes.first_pending;  // stored rows before those of this pass
+  const int end_rows = new_rows + rows;
   const bool first_of_group = head % (op.heads / op.groups) == 0 && slice == 0;
 
+  // What was stored before this pass is asked for first: rows of the prefix, and the checkpoint.
+  const int p_tiles = op.slice / 16;
+  const int p_tile = warp % p_tiles;
+  const bool has_tile = first_dim + p_tile * 16 < op.head_dim;
+  const int64_t head_floats = static_cast<int64_t>(PadTo16(op.head_dim)) * ds;
+  const int64_t tile_floats =
+      head * head_floats + static_cast<int64_t>(first_dim / 16 + p_tile) * ds * 16;
+  {
+    constexpr int kPer16 = 16 / sizeof(T);
+    const int vectors = ds / kPer16;
+    for (int i = tid; i < 64 * vectors; i += kConsumers) {
+      const int r = i / vectors, n = i % vectors * kPer16;
+      CopyAsync16(ring_b + r * c_stride + n,
+                  store.b + (static_cast<int64_t>(r) * op.groups + group) * ds + n);
+    }
+    if (inner % 4 == 0 && op.head_dim % 4 == 0) {
+      const int quads = op.slice / 4;
+      for (int i = tid; i < 64 * quads; i += kConsumers) {
+        const int r = i / quads, p = i % quads * 4;
+        if (p < dims) {
+          CopyAsync16(ring_u + r * op.slice + p,
+                      store.u + static_cast<int64_t>(r) * inner + first_x + p);
+        }
+      }
+    } else {
+      for (int i = tid; i < 64 * op.slice; i += kConsumers) {
+        const int r = i / op.slice, p = i % op.slice;
+        if (p < dims) ring_u[i] = store.u[static_cast<int64_t>(r) * inner + first_x + p];
+      }
+    }
+  }
   // Padding takes part in products.
   for (int i = tid; i < kRows * c_stride; i += kConsumers) {
     c[i] = FromFloat<T>(0.0f);
     b[i] = FromFloat<T>(0.0f);
   }
-  // dt, and the log decays of what is stored already.
+  for (int r = tid; r < new_rows; r += kConsumers) {
+    decay[r] = store.l[static_cast<int64_t>(r) * op.heads + head];
+  }
+  RowFactors(op.norm, rows, factor);
+  NamedBarrier(1, kConsumers);
   for (int row = tid; row < rows; row += kConsumers) {
     const int column = inner + channels + head;
-    float raw = factor[row] * Sum(op.partials, row, column);
-    if (op.in_bias != nullptr) raw += op.in_bias[column];
-    const float v = raw + op.dt_bias[head];
+    float value = factor[row] * Sum(op.partials, row, column);
+    if (op.in_bias != nullptr) value += op.in_bias[column];
+    const float v = value + op.dt_bias[head];
     const float soft = fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));
     dt[row] = fminf(fmaxf(soft, op.dt_min), op.dt_max);
   }
-  for (int r = tid; r < 64 + nodes.first_pending; r += kConsumers) {
-    decay[r] = store.l[static_cast<int64_t>(r) * op.heads + head];
-  }
-  ConvChannels<T>(op, nodes, store, first_x, dims, true, factor, weights, x, op.slice);
-  const int first_b = inner + group * op.d_state;
-  for (int n = 0; n < op.d_state; n += 64) {
-    ConvChannels<T>(op, nodes, store, first_b + n, min(64, op.d_state - n), first_of_group, factor,
-                    weights, b + n, c_stride);
-  }
-  const int first_c = inner + (op.groups + group) * op.d_state;
-  for (int n = 0; n < op.d_state; n += 64) {
-    ConvChannels<T>(op, nodes, store, first_c + n, min(64, op.d_state - n), first_of_group, factor,
-                    weights, c + n, c_stride);
+
+  // Convolution and activation, `chunk` channels at a time for all rows.
+  const SliceChannels own = {first_x, dims, inner + group * op.d_state,
+                             inner + (op.groups + group) * op.d_state, op.d_state};
+  for (int begin = 0; begin < own.count(); begin += layout.chunk) {
+    const int count = min(layout.chunk, own.count() - begin);
+    if (begin > 0) NamedBarrier(1, kConsumers);  // raw is free
+    for (int i = tid; i < rows * count; i += 4 * kConsumers) {
+      float values[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int at = i + k * kConsumers;
+        if (at >= rows * count) break;
+        const int row = at / count, channel = own.Channel(begin + at % count);
+        values[k] = Sum(op.partials, row, inner + channel);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int at = i + k * kConsumers;
+        if (at >= rows * count) break;
+        const int row = at / count, channel = own.Channel(begin + at % count);
+        float value = factor[row] * values[k];
+        if (op.in_bias != nullptr) value += op.in_bias[inner + channel];
+        raw[row * layout.chunk + at % count] = value;
+        if (begin + at % count < dims || first_of_group) {
+          const int64_t to = op.taps + nodes.first_pending + row;
+          store.conv[to * channels + channel] = value;
+        }
+      }
+    }
+    NamedBarrier(1, kConsumers);
+#pragma unroll 2
+    for (int i = tid; i < rows * count; i += kConsumers) {
+      const int row = i / count, k = begin + i % count;
+      const int channel = own.Channel(k);
+      float sum = op.conv_bias[channel];
+      float inputs[kMaxTaps];
+#pragma unroll
+      for (int back = kMaxTaps; back > 0; --back) {
+        if (back > op.taps) continue;
+        const int tap = nodes.taps[row][back - 1];
+        inputs[back - 1] =
+            tap >= 0    ? raw[tap * layout.chunk + i % count]
+            : tap == -1 ? 0.0f
+                        : store.conv[static_cast<int64_t>(-2 - tap) * channels + channel];
+      }
+#pragma unroll
+      for (int back = kMaxTaps; back > 0; --back) {
+        if (back > op.taps || nodes.taps[row][back - 1] == -1) continue;
+        sum = fmaf(op.conv_weight[(op.taps - back) * op.conv_stride + channel], inputs[back - 1],
+                   sum);
+      }
+      sum = fmaf(op.conv_weight[op.taps * op.conv_stride + channel],
+                 raw[row * layout.chunk + i % count], sum);
+      const T value = FromFloat<T>(Silu(sum));
+      if (k < dims) {
+        x[row * op.slice + k] = value;
+      } else if (k < dims + op.d_state) {
+        b[row * c_stride + k - dims] = value;
+        if (first_of_group) {
+          store.b[(static_cast<int64_t>(new_rows + row) * op.groups + group) * ds + k - dims] = value;
+        }
+      } else {
+        c[row * c_stride + k - dims - op.d_state] = value;
+      }
+    }
   }
   // l of the new nodes: along the path, from the start of the node's aligned segment.
   const float a = op.a[head];
@@ -192,13 +268,12 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
     const int segment = t / 32 * 32;
     float l = 0.0f;
     int next = segment;  // position
-    const int first_new = nodes.prefix;
-    if (segment < first_new) {
-      l = decay[(first_new - 1) % 64];
-      next = first_new;
+    if (segment < nodes.prefix) {
+      l = decay[(nodes.prefix - 1) % 64];
+      next = nodes.prefix;
     }
     for (int p = next; p <= t; ++p) {
-      const int node = nodes.path[row][p - first_new];
+      const int node = nodes.path[row][p - nodes.prefix];
       // Of the earlier pending nodes the stored value is the sum so far.
       if (node < nodes.first_pending) {
         l = decay[64 + node];
@@ -207,30 +282,26 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
         l = p % 32 == 0 ? step : l + step;
       }
     }
-    // The row's own place only: others read the stored ones.
-    store.l[static_cast<int64_t>(64 + nodes.first_pending + row) * op.heads + head] = l;
-    decay[64 + nodes.first_pending + row] = l;
+    store.l[static_cast<int64_t>(new_rows + row) * op.heads + head] = l;
+    decay[new_rows + row] = l;
   }
+  CopiesWait();
   NamedBarrier(1, kConsumers);
-  if (first_of_group) {
-    for (int i = tid; i < rows * ds; i += kConsumers) {
-      const int row = i / ds, n = i % ds;
-      store.b[(static_cast<int64_t>(64 + nodes.first_pending + row) * op.groups + group) * ds + n] =
-          b[row * c_stride + n];
-    }
-  }
 
   // Scores C_i . B_j into weights[i][position of j - checkpoint of i]; eight stored rows a turn.
   constexpr int kRowBlocks = (kRows + 15) / 16;
-  for (int tile = warp; tile < (64 + pending_end + 7) / 8; tile += kConsumerWarps) {
+  for (int tile = warp; tile < (end_rows + 7) / 8; tile += kConsumerWarps) {
     const int j = tile * 8 + lane / 4;  // the stored row whose B this lane loads
     const T* from = nullptr;
-    if (j >= 64 + nodes.first_pending && j < 64 + pending_end) {
-      from = b + (j - 64 - nodes.first_pending) * c_stride;
-    } else if (j < 64 + nodes.first_pending) {
+    if (j < 64) {
+      from = ring_b + j * c_stride;
+    } else if (j < new_rows) {
       from = store.b + (static_cast<int64_t>(j) * op.groups + group) * ds;
+    } else if (j < end_rows) {
+      from = b + (j - new_rows) * c_stride;
     }
     float scores[kRowBlocks][4] = {};
+#pragma unroll 2
     for (int n = 0; n < ds; n += 16) {
       FragmentB<T> fb = {};
       if (from != nullptr) {
@@ -252,29 +323,52 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
       }
     }
 #pragma unroll
-    for (int m = 0; m < kRowBlocks; ++m) {
+    for (int half = 0; half < 2; ++half) {
+      const int stored = tile * 8 + lane % 4 * 2 + half;
+      int position = -1;
+      if (stored < 64) {
+        // The latest position of the prefix that has this place in the ring.
+        position = (nodes.prefix - 1) / 64 * 64 + stored;
+        if (position >= nodes.prefix) position -= 64;
+        if (nodes.prefix == 0) position = -1;
+      } else if (stored < end_rows) {
+        position = nodes.prefix + nodes.depth[stored - 64];
+      }
+      if (position < 0) continue;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = m * 16 + lane / 4 + e / 2 * 8;
-        const int stored = tile * 8 + lane % 4 * 2 + e % 2;
-        if (row >= rows || stored >= 64 + pending_end) continue;
-        int position;
-        if (stored < 64) {
-          // The position at ring row `stored` that is the latest of the prefix.
-          position = (nodes.prefix - 1) / 64 * 64 + stored;
-          if (position >= nodes.prefix) position -= 64;
-          if (nodes.prefix == 0 || position < nodes.checkpoint[row]) continue;
-        } else {
-          const int node = stored - 64;
-          if (!(nodes.path_mask[row] >> node & 1)) continue;
-          position = nodes.prefix + nodes.depth[node];
-          if (position < nodes.checkpoint[row]) continue;
+      for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+        for (int high = 0; high < 2; ++high) {
+          const int row = m * 16 + lane / 4 + high * 8;
+          if (row >= rows || position < nodes.checkpoint[row]) continue;
+          if (stored >= 64 && !(nodes.path_mask[row] >> (stored - 64) & 1)) continue;
+          weights[row * kWeightStride + position - nodes.checkpoint[row]] =
+              scores[m][high * 2 + half];
         }
-        weights[row * kWeightStride + position - nodes.checkpoint[row]] = scores[m][e];
       }
     }
   }
   NamedBarrier(1, kConsumers);
+
+  // z of what this thread will write, asked for now.
+  const int node_step = kConsumerWarps / p_tiles;
+  constexpr int kMost = kRowTiles < 4 ? kRowTiles : 4;  // node tiles of a warp: slice <= 64
+  const int p0 = p_tile * 16 + lane / 4;
+  float z[kMost][2][2];
+#pragma unroll
+  for (int k = 0; k < kMost; ++k) {
+    const int tile = warp / p_tiles + k * node_step;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile * 8 + lane % 4 * 2 + half;
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const int p = p0 + 8 * part;
+        z[k][half][part] =
+            tile < kRowTiles && row < rows && p < dims ? Sum(op.partials, row, first_x + p) : 0.0f;
+      }
+    }
+  }
 
   // weights = exp(difference of log decays) * score. Across the segment boundary the first
   // segment's rest and the node's own part are added.
@@ -287,48 +381,51 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
     const int t = nodes.position[row], start = nodes.checkpoint[row];
     if (start + j > t) continue;
     const int segment = t / 32 * 32;
-    const float own = decay[64 + nodes.first_pending + row];
+    const float node_decay = decay[new_rows + row];
     const float lj = decay[stored_row(row, start + j)];
     float exponent;
     if (start + j < segment) {
-      exponent = (decay[stored_row(row, segment - 1)] - lj) + own;
+      exponent = (decay[stored_row(row, segment - 1)] - lj) + node_decay;
     } else {
-      exponent = own - lj;
+      exponent = node_decay - lj;
     }
     weights[row * kWeightStride + j] *= expf(exponent);
   }
 
   // The state term S C_i, for each of the two checkpoints that a node of the pass reads.
-  const int p_tiles = op.slice / 16;
-  const int p_tile = warp % p_tiles;
-  const int node_step = kConsumerWarps / p_tiles;
-  constexpr int kMost = kRowTiles < 4 ? kRowTiles : 4;  // node tiles of a warp, slice <= 64
   float y[kMost][4] = {};
-  const bool has_tile = first_dim + p_tile * 16 < op.head_dim;
   for (int position = nodes.first_checkpoint; position <= nodes.last_checkpoint; position += 32) {
     if (position == 0 || !has_tile) continue;
-    const int64_t head_floats = static_cast<int64_t>(PadTo16(op.head_dim)) * ds;
-    const float* state = store.checkpoints[position / 32 % 2] + head * head_floats +
-                         static_cast<int64_t>(first_dim / 16 + p_tile) * ds * 16;
+    const float* state = store.checkpoints[position / 32 % 2] + tile_floats;
     float term[kMost][4] = {};
-#pragma unroll 4
-    for (int n = 0; n < ds; n += 16) {
-      const float4* at = reinterpret_cast<const float4*>(state + n * 16) + lane;
-      const float4 v0 = __ldg(at), v1 = __ldg(at + 32);
-      FragmentA<float> fa;
-      SetPair(fa, 0, v0.x, v0.y);
-      SetPair(fa, 1, v0.z, v0.w);
-      SetPair(fa, 2, v1.x, v1.y);
-      SetPair(fa, 3, v1.z, v1.w);
+    for (int n0 = 0; n0 < ds; n0 += 64) {
+      float4 v[4][2];
 #pragma unroll
-      for (int k = 0; k < kMost; ++k) {
-        const int tile = warp / p_tiles + k * node_step;
-        if (tile >= kRowTiles) break;
-        FragmentB<T> fb;
-        const T* from = c + (tile * 8 + lane / 4) * c_stride + n + lane % 4 * 2;
-        LoadPair(fb, 0, from);
-        LoadPair(fb, 1, from + 8);
-        Multiply(term[k], fa, fb);
+      for (int step = 0; step < 4; ++step) {
+        if (n0 + step * 16 >= ds) break;
+        const float4* at = reinterpret_cast<const float4*>(state + (n0 + step * 16) * 16) + lane;
+        v[step][0] = __ldg(at);
+        v[step][1] = __ldg(at + 32);
+      }
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const int n = n0 + step * 16;
+        if (n >= ds) break;
+        FragmentA<float> fa;
+        SetPair(fa, 0, v[step][0].x, v[step][0].y);
+        SetPair(fa, 1, v[step][0].z, v[step][0].w);
+        SetPair(fa, 2, v[step][1].x, v[step][1].y);
+        SetPair(fa, 3, v[step][1].z, v[step][1].w);
+#pragma unroll
+        for (int k = 0; k < kMost; ++k) {
+          const int tile = warp / p_tiles + k * node_step;
+          if (tile >= kRowTiles) break;
+          FragmentB<T> fb;
+          const T* from = c + (tile * 8 + lane / 4) * c_stride + n + lane % 4 * 2;
+          LoadPair(fb, 0, from);
+          LoadPair(fb, 1, from + 8);
+          Multiply(term[k], fa, fb);
+        }
       }
     }
 #pragma unroll
@@ -342,75 +439,91 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
       }
     }
   }
+  // Where each of this thread's rows begins; a row that is not there reads one that is.
+  int starts[kMost][2];
+  const float* w[kMost][2];
 #pragma unroll
   for (int k = 0; k < kMost; ++k) {
     const int tile = warp / p_tiles + k * node_step;
-    if (tile >= kRowTiles) break;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int row = tile * 8 + lane % 4 * 2 + e % 2;
-      if (row >= rows) continue;
-      const int t = nodes.position[row], segment = t / 32 * 32;
-      float exponent = decay[64 + nodes.first_pending + row];
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile * 8 + lane % 4 * 2 + half;
+      const bool there = tile < kRowTiles && row < rows;
+      starts[k][half] = there ? nodes.checkpoint[row] : INT32_MAX;
+      w[k][half] = weights + (there ? row * kWeightStride - nodes.checkpoint[row] : 0);
+      if (!there) continue;
+      const int segment = nodes.position[row] / 32 * 32;
+      float exponent = decay[new_rows + row];
       if (segment > nodes.checkpoint[row]) exponent += decay[stored_row(row, segment - 1)];
-      y[k][e] *= expf(exponent);
+      const float state_decay = expf(exponent);
+      y[k][half] *= state_decay;
+      y[k][2 + half] *= state_decay;
     }
   }
   NamedBarrier(1, kConsumers);  // C and B are used up, the weights are there
 
-  // u of all rows that a path may have, and of the new ones into the store.
-  for (int i = tid; i < (64 + pending_end) * op.slice; i += kConsumers) {
-    const int r = i / op.slice, p = i % op.slice;
-    float value = 0.0f;
-    const int64_t at = static_cast<int64_t>(r) * inner + first_x + p;
-    if (p < dims) {
-      if (r >= 64 + nodes.first_pending) {
-        const int row = r - 64 - nodes.first_pending;
-        value = dt[row] * ToFloat(x[row * op.slice + p]);
-        store.u[at] = value;
-      } else {
-        value = store.u[at];
-      }
+  // u of pending rows, and of the new ones into the store.
+  for (int i = tid; i < (end_rows - 64) * op.slice; i += kConsumers) {
+    const int k = i / op.slice, p = i % op.slice;
+    if (p >= dims) continue;
+    const int64_t at = static_cast<int64_t>(64 + k) * inner + first_x + p;
+    if (k >= nodes.first_pending) {
+      const int row = k - nodes.first_pending;
+      const float value = dt[row] * ToFloat(x[row * op.slice + p]);
+      store.u[at] = value;
+      pending_u[i] = value;
+    } else {
+      pending_u[i] = store.u[at];
     }
-    u[i] = value;
   }
   NamedBarrier(1, kConsumers);
+  if (!has_tile) return;
 
+  // The path sum: first the prefix's positions, which all nodes share, then each node's own.
+#pragma unroll 4
+  for (int position = nodes.first_checkpoint; position < nodes.prefix; ++position) {
+    const float* from = ring_u + position % 64 * op.slice + p0;
+    const float u0 = from[0], u1 = from[8];
+#pragma unroll
+    for (int k = 0; k < kMost; ++k) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (position >= starts[k][half]) {
+          const float weight = w[k][half][position];
+          y[k][half] = fmaf(weight, u0, y[k][half]);
+          y[k][2 + half] = fmaf(weight, u1, y[k][2 + half]);
+        }
+      }
+    }
+  }
   const float skip = op.d[head];
   const int group_width = inner / op.norm_groups;
 #pragma unroll
   for (int k = 0; k < kMost; ++k) {
     const int tile = warp / p_tiles + k * node_step;
-    if (tile >= kRowTiles || !has_tile) break;
+    if (tile >= kRowTiles) break;
     float squares[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = tile * 8 + lane % 4 * 2 + half;
       if (row >= rows) continue;
-      const int p0 = p_tile * 16 + lane / 4, p1 = p0 + 8;
       float y0 = y[k][half], y1 = y[k][2 + half];
-      const int start = nodes.checkpoint[row];
-      const float* w = weights + row * kWeightStride;
-      int position = start;
-      for (; position < min(nodes.prefix, nodes.position[row] + 1); ++position) {
-        const float* from = u + position % 64 * op.slice;
-        y0 = fmaf(w[position - start], from[p0], y0);
-        y1 = fmaf(w[position - start], from[p1], y1);
-      }
-      for (; position <= nodes.position[row]; ++position) {
-        const float* from = u + (64 + nodes.path[row][position - nodes.prefix]) * op.slice;
-        y0 = fmaf(w[position - start], from[p0], y0);
-        y1 = fmaf(w[position - start], from[p1], y1);
+      for (int position = max(nodes.prefix, starts[k][half]); position <= nodes.position[row];
+           ++position) {
+        const float* from = pending_u + nodes.path[row][position - nodes.prefix] * op.slice + p0;
+        const float weight = w[k][half][position];
+        y0 = fmaf(weight, from[0], y0);
+        y1 = fmaf(weight, from[8], y1);
       }
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
-        const int p = part == 0 ? p0 : p1;
+        const int p = p0 + 8 * part;
         if (p >= dims) continue;
         float value = fmaf(skip, ToFloat(x[row * op.slice + p]), part == 0 ? y0 : y1);
         const int column = first_x + p;
-        float z = factor[row] * Sum(op.partials, row, column);
-        if (op.in_bias != nullptr) z += op.in_bias[column];
-        value *= Silu(z);
+        float gate = factor[row] * z[k][half][part];
+        if (op.in_bias != nullptr) gate += op.in_bias[column];
+        value *= Silu(gate);
         squares[half] = fmaf(value, value, squares[half]);
         const int placed = column / group_width * op.group_columns + column % group_width;
         T* to = static_cast<T*>(op.act) + (static_cast<int64_t>(placed / 16) * kRows + row) * 16 +
@@ -418,13 +531,12 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
         *to = FromFloat<T>(value * op.norm_weight[column]);
       }
     }
-    // Over the 8 lanes that hold a row's dimensions, then over the slice's tiles of 16.
+    // Over the 8 lanes that hold a row's dimensions.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = squares[half];
       for (int other = 4; other < 32; other *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
       const int row = tile * 8 + lane % 4 * 2 + half;
-      // decay is used up but for the rows' own, which were read above.
       if (lane / 4 == 0 && row < rows) {
         op.squares[(static_cast<int64_t>(row) * op.heads + head) * (op.slices * p_tiles) +
                    slice * p_tiles + p_tile] = sum;
@@ -435,11 +547,7 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
 
 template <typename T, int kRowTiles>
 __device__ inline void Scan(const ScanOp& op, const PassNodes& nodes, char* work) {
-  const ScanLayout<T> layout(8 * kRowTiles, op.slice, op.padded_d_state);
   const int tasks = op.heads * op.slices;
-  if (static_cast<int>(blockIdx.x) < tasks) {
-    RowFactors(op.norm, nodes.rows, reinterpret_cast<float*>(work + layout.factor));
-  }
   for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
     NamedBarrier(1, kConsumers);
     ScanSlice<T, kRowTiles>(op, nodes, task / op.slices, task % op.slices, work);

@@ -31,7 +31,8 @@ inline constexpr int kMaxTaps = 7;   // of a causal convolution, besides a node'
 inline constexpr int kMaxTop = 32;   // greatest logits that are selected on the device
 inline constexpr int kConsumerWarps = 8;
 inline constexpr int kConsumers = 32 * kConsumerWarps;
-inline constexpr int kBlockThreads = kConsumers + 64;
+// And four warps that copy (two of them idle): registers are given to groups of four warps.
+inline constexpr int kBlockThreads = kConsumers + 128;
 
 // Where column `k` of a k-step's 16 lies, so that a lane's operand is contiguous.
 CANOPY_HOST_DEVICE constexpr int ActivationSlot(int k) {

@@ -66,8 +66,25 @@ __device__ inline void BulkCopy(void* to, const void* from, uint32_t bytes, uint
       : "memory");
 }
 
+// 16 bytes on their way to shared memory while the thread goes on; CopiesWait waits for the thread's.
+__device__ inline void CopyAsync16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(SharedAddress(to)), "l"(from)
+               : "memory");
+}
+__device__ inline void CopiesWait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Orders ordinary accesses with those of bulk copies.
 __device__ inline void FenceProxyAsync() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Registers a thread from here on, for all warps of a group of four.
+template <int kRegisters>
+__device__ inline void RaiseRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void LowerRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
 
 __device__ inline void NamedBarrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

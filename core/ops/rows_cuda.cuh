@@ -69,30 +69,56 @@ struct SelectOp {
 
 namespace canopy::cuda {
 
+// Sums over splits, in order; loads go out four at a time.
 __device__ inline float Sum(const Partials& p, int row, int column) {
   const float* at = p.data + static_cast<int64_t>(row) * p.ld + column;
   const int64_t stride = static_cast<int64_t>(kMaxRows) * p.ld;
-  float sum = __ldcg(at);
-#pragma unroll 4
-  for (int s = 1; s < p.splits; ++s) sum += __ldcg(at + s * stride);
+  float sum = 0.0f;
+  for (int s = 0; s < p.splits; s += 4) {
+    float v[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) v[k] = s + k < p.splits ? __ldcg(at + (s + k) * stride) : 0.0f;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (s + k < p.splits) sum += v[k];
+    }
+  }
   return sum;
 }
 
-// Columns 4 * quad to 4 * quad + 3; factors of the splits' groups.
-__device__ inline float4 Sum4(const Partials& p, int row, int quad, const float* factors,
-                              int groups) {
-  const float4* at =
-      reinterpret_cast<const float4*>(p.data + static_cast<int64_t>(row) * p.ld) + quad;
+// Columns 4 * quad to 4 * quad + 3: the first kAhead splits loaded, then all added with the factors
+// of the splits' groups.
+inline constexpr int kAhead = 4;
+struct Loaded4 {
+  float4 v[kAhead];
+};
+__device__ inline const float4* Quads(const Partials& p, int row, int quad) {
+  return reinterpret_cast<const float4*>(p.data + static_cast<int64_t>(row) * p.ld) + quad;
+}
+__device__ inline void Load4(const Partials& p, int row, int quad, int first, Loaded4& loaded) {
+  const float4* at = Quads(p, row, quad);
   const int64_t stride = static_cast<int64_t>(kMaxRows) * p.ld / 4;
+#pragma unroll
+  for (int s = 0; s < kAhead; ++s) {
+    if (first + s < p.splits) loaded.v[s] = __ldcg(at + (first + s) * stride);
+  }
+}
+__device__ inline float4 Sum4(const Partials& p, int row, int quad, Loaded4& loaded,
+                              const float* factors, int groups) {
   float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-  for (int s = 0; s < p.splits; ++s) {
-    const float4 v = __ldcg(at + s * stride);
-    const float f = factors[s * groups / p.splits * kMaxRows + row];
-    sum.x += f * v.x;
-    sum.y += f * v.y;
-    sum.z += f * v.z;
-    sum.w += f * v.w;
+  for (int first = 0; first < p.splits; first += kAhead) {
+    if (first > 0) Load4(p, row, quad, first, loaded);
+#pragma unroll
+    for (int s = 0; s < kAhead; ++s) {
+      if (first + s < p.splits) {
+        const float f = factors[(first + s) * groups / p.splits * kMaxRows + row];
+        const float4 v = loaded.v[s];
+        sum.x += f * v.x;
+        sum.y += f * v.y;
+        sum.z += f * v.z;
+        sum.w += f * v.w;
+      }
+    }
   }
   return sum;
 }
@@ -160,15 +186,23 @@ __device__ inline void Embed(const EmbedOp& op, const PassNodes& nodes, int buck
 template <typename T>
 __device__ inline void Residual(const ResidualOp& op, const PassNodes& nodes, int bucket_rows,
                                 float* work) {
-  RowFactors(op.norm, nodes.rows, work);
-  NamedBarrier(1, kConsumers);
   const int ld = op.k_steps * 16;
+  bool first = true;
   ForQuads(nodes.rows, op.k_steps, [&](bool active, int row, int quad) {
     float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
+    float4* to = reinterpret_cast<float4*>(op.x + static_cast<int64_t>(row) * ld) + quad;
+    Loaded4 loaded;
     if (active) {
-      float4* to = reinterpret_cast<float4*>(op.x + static_cast<int64_t>(row) * ld) + quad;
       x = __ldcg(to);
-      float4 sum = Sum4(op.partials, row, quad, work, op.norm.groups);
+      Load4(op.partials, row, quad, 0, loaded);
+    }
+    if (first) {  // while those loads are under way
+      RowFactors(op.norm, nodes.rows, work);
+      NamedBarrier(1, kConsumers);
+      first = false;
+    }
+    if (active) {
+      float4 sum = Sum4(op.partials, row, quad, loaded, work, op.norm.groups);
       if (op.bias != nullptr) {
         const float4 bias = reinterpret_cast<const float4*>(op.bias)[quad];
         sum = make_float4(sum.x + bias.x, sum.y + bias.y, sum.z + bias.z, sum.w + bias.w);
@@ -203,15 +237,40 @@ __device__ inline void Gated(const GatedOp& op, const PassNodes& nodes, int buck
                              float* work) {
   RowFactors(op.norm, nodes.rows, work);
   NamedBarrier(1, kConsumers);
+  const bool vectors = op.columns % 4 == 0;
   ForQuads(nodes.rows, op.k_steps, [&](bool active, int row, int quad) {
     if (!active) return;
     float4 y = {0.0f, 0.0f, 0.0f, 0.0f};
+    float gates[4], ups[4];
+    if (vectors && quad * 4 < op.columns) {
+      Loaded4 gate, up;
+      const int up_quad = op.columns / 4 + quad;
+      Load4(op.partials, row, quad, 0, gate);
+      Load4(op.partials, row, up_quad, 0, up);
+      const float4 g = Sum4(op.partials, row, quad, gate, work, 1);
+      const float4 u = Sum4(op.partials, row, up_quad, up, work, 1);
+      gates[0] = g.x, gates[1] = g.y, gates[2] = g.z, gates[3] = g.w;
+      ups[0] = u.x, ups[1] = u.y, ups[2] = u.z, ups[3] = u.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        gates[i] = 0.0f;
+        ups[i] = 0.0f;
+        if (quad * 4 + i >= op.columns) continue;
+        for (int s = 0; s < op.partials.splits; ++s) {
+          const float* at = op.partials.data +
+                            (static_cast<int64_t>(s) * kMaxRows + row) * op.partials.ld + quad * 4 + i;
+          gates[i] += work[row] * __ldcg(at);
+          ups[i] += work[row] * __ldcg(at + op.columns);
+        }
+      }
+    }
     float* values = &y.x;
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int column = quad * 4 + i;
       if (column >= op.columns) break;
-      float gate = work[row] * Sum(op.partials, row, column);
-      float up = work[row] * Sum(op.partials, row, op.columns + column);
+      float gate = gates[i], up = ups[i];
       if (op.bias != nullptr) {
         gate += op.bias[column];
         up += op.bias[op.columns + column];
