@@ -62,7 +62,8 @@ struct SharedLayout {
   static constexpr int kRing = kSlots<T> * kSlotBytes;
   static constexpr int kBarriers = 3 * 8 * 8 + 64;
   static constexpr int kNodes = (sizeof(PassNodes) + 127) / 128 * 128;
-  static constexpr int kFixed = kRing + kBarriers + kNodes;
+  static constexpr int kOp = (sizeof(Op) + 127) / 128 * 128;
+  static constexpr int kFixed = kRing + kBarriers + kNodes + kOp;
 };
 
 // rows: of the bucket, 8, 16, 32 or 64. shared_bytes: all that a block may have.

@@ -7,13 +7,33 @@ namespace canopy::cuda {
 // What the computing warps do.
 template <typename T, int kRowTiles>
 __device__ inline void Consume(const PassArguments& arguments, Ring& ring, const PassNodes& nodes,
-                               uint32_t* finished, char* work) {
+                               uint32_t* finished, Op& op, char* work) {
+  // The operator at hand is in shared memory; the next one's words come while this one runs.
+  constexpr int kOpWords = sizeof(Op) / 4;
+  static_assert(sizeof(Op) % 4 == 0 && kOpWords <= 2 * kConsumers);
+  uint32_t words[2] = {};
+  const auto load_op = [&](int i) {
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(arguments.ops + i);
+    for (int k = 0; k < 2; ++k) {
+      const int word = threadIdx.x + k * kConsumers;
+      if (word < kOpWords && i < arguments.op_count) words[k] = __ldg(from + word);
+    }
+  };
+  const auto keep_op = [&] {
+    for (int k = 0; k < 2; ++k) {
+      const int word = threadIdx.x + k * kConsumers;
+      if (word < kOpWords) reinterpret_cast<uint32_t*>(&op)[word] = words[k];
+    }
+  };
+  load_op(0);
+  keep_op();
+  NamedBarrier(1, kConsumers);
   uint32_t barrier = arguments.counter_base;
   if (arguments.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     arguments.clocks[0] = clock64();
   }
   for (int i = 0; i < arguments.op_count; ++i) {
-    const Op& op = arguments.ops[i];
+    load_op(i + 1);
     constexpr int kBucket = 8 * kRowTiles;
     float* work_floats = reinterpret_cast<float*>(work);
     switch (op.kind) {
@@ -51,7 +71,8 @@ __device__ inline void Consume(const PassArguments& arguments, Ring& ring, const
         Select(op.select, nodes);
         break;
     }
-    if (op.barrier != 0) {
+    const bool grid_barrier = op.barrier != 0;
+    if (grid_barrier) {
       // What this thread wrote is read by bulk copies of other blocks, too.
       FenceProxyAsync();
       NamedBarrier(1, kConsumers);
@@ -69,6 +90,7 @@ __device__ inline void Consume(const PassArguments& arguments, Ring& ring, const
       StoreReleaseShared(finished, i + 1);
       if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
     }
+    keep_op();
     NamedBarrier(1, kConsumers);
   }
 }
@@ -80,6 +102,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
   uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + Layout::kRing);
   uint32_t* finished = reinterpret_cast<uint32_t*>(barriers + 24);  // operators, by the whole grid
   PassNodes* nodes = reinterpret_cast<PassNodes*>(shared + Layout::kRing + Layout::kBarriers);
+  Op* op = reinterpret_cast<Op*>(shared + Layout::kRing + Layout::kBarriers + Layout::kNodes);
   char* work = shared + Layout::kFixed;
 
   Ring ring = {shared, barriers, barriers + 8, barriers + 16};
@@ -99,7 +122,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
   __syncthreads();
 
   if (threadIdx.x >= kConsumers) {
-    LowerRegisters<40>();
+    LowerRegisters<56>();
     if (threadIdx.x == kConsumers) {
       const uint64_t policy = arguments.stream_weights_once ? EvictFirst() : EvictNormal();
       for (int i = 0; i < arguments.op_count; ++i) {
@@ -116,10 +139,18 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
         FenceProxyAsync();
         StreamActs<T>(arguments.ops[i].matmul, kRowTiles, ring, policy);
       }
+    } else if (threadIdx.x >= kConsumers + 64 && threadIdx.x < kConsumers + 96) {
+      for (int i = 0; i < arguments.op_count; ++i) {
+        if (arguments.ops[i].kind != OpKind::kScan) continue;
+        // One operator ahead.
+        while (LoadAcquireShared(finished) + 1 < static_cast<uint32_t>(i)) {
+        }
+        PrefetchScan<T>(arguments.ops[i].scan, *nodes);
+      }
     }
   } else {
-    RaiseRegisters<232>();
-    Consume<T, kRowTiles>(arguments, ring, *nodes, finished, work);
+    RaiseRegisters<224>();
+    Consume<T, kRowTiles>(arguments, ring, *nodes, finished, *op, work);
   }
 }
 

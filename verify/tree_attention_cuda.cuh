@@ -45,19 +45,21 @@ namespace canopy::cuda {
 
 // One warp a row and head. `work`: [kMaxRows] factors, then [kConsumerWarps][kMaxHeadDim].
 template <typename T>
-__device__ inline void AttentionInputs(const AttentionOp& op, const PassNodes& nodes, float* work) {
+__device__ __noinline__ void AttentionInputs(const AttentionOp& op, const PassNodes& nodes, float* work) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   RowFactors(op.norm, nodes.rows, work);
   NamedBarrier(1, kConsumers);
   float* head_values = work + kMaxRows + warp * kMaxHeadDim;
   const LayerStore<T>& store = static_cast<const LayerStore<T>*>(nodes.layers)[op.layer];
   const int all_heads = op.heads + 2 * op.kv_heads;
+#pragma unroll 1
   for (int task = warp * gridDim.x + blockIdx.x; task < nodes.rows * all_heads;
        task += kConsumerWarps * gridDim.x) {
     const int row = task / all_heads, head = task % all_heads;
     const int first = head * op.head_dim;
     __syncwarp();
     float squares = 0.0f;
+#pragma unroll 1
     for (int d = lane; d < op.head_dim; d += 32) {
       float value = work[row] * Sum(op.partials, row, first + d);
       if (op.bias != nullptr) value += op.bias[first + d];
@@ -69,12 +71,14 @@ __device__ inline void AttentionInputs(const AttentionOp& op, const PassNodes& n
     if (norm != nullptr) {
       const float factor =
           rsqrtf(WarpSum(squares) / static_cast<float>(op.head_dim) + op.qk_norm_eps);
+#pragma unroll 1
       for (int d = lane; d < op.head_dim; d += 32) head_values[d] *= factor * norm[d];
     }
     __syncwarp();
     if (is_q || is_k) {
       const int half = op.rotary / 2;
       const float position = static_cast<float>(nodes.position[row]);
+#pragma unroll 1
       for (int d = lane; d < half; d += 32) {
         float sine, cosine;
         sincosf(position * op.inv_freq[d], &sine, &cosine);
@@ -86,11 +90,13 @@ __device__ inline void AttentionInputs(const AttentionOp& op, const PassNodes& n
     }
     if (is_q) {
       float* to = op.q + (static_cast<int64_t>(row) * op.heads + head) * op.head_dim;
+#pragma unroll 1
       for (int d = lane; d < op.head_dim; d += 32) __stcg(to + d, head_values[d]);
     } else {
       const int kv_head = (head - op.heads) % op.kv_heads;
       const int64_t stored = nodes.kv_capacity + nodes.first_pending + row;
       T* to = (is_k ? store.k : store.v) + (stored * op.kv_heads + kv_head) * op.head_dim;
+#pragma unroll 1
       for (int d = lane; d < op.head_dim; d += 32) to[d] = FromFloat<T>(head_values[d]);
     }
   }
@@ -102,6 +108,7 @@ __device__ inline float DotKey(const float* q, const T* key, int head_dim) {
   if (head_dim % 8 == 0) {
     // Loads go out four at a time.
     constexpr int kVector = 16 / sizeof(T);
+#pragma unroll 1
     for (int d = 0; d < head_dim; d += 4 * kVector) {
       uint4 bits[4];
 #pragma unroll
@@ -122,6 +129,7 @@ __device__ inline float DotKey(const float* q, const T* key, int head_dim) {
       }
     }
   } else {
+#pragma unroll 1
     for (int d = 0; d < head_dim; ++d) sum = fmaf(q[d], ToFloat(key[d]), sum);
   }
   return sum;
@@ -135,6 +143,7 @@ __device__ __noinline__ void AttendBlocks(const AttentionOp& op, const PassNodes
   float* q = work + warp * kMaxHeadDim;
   const LayerStore<T>& store = static_cast<const LayerStore<T>*>(nodes.layers)[op.layer];
   const int tasks = nodes.rows * op.heads * nodes.key_blocks;
+#pragma unroll 1
   for (int task = warp * gridDim.x + blockIdx.x; task < tasks; task += kConsumerWarps * gridDim.x) {
     const int head = task % op.heads;
     const int row = task / op.heads % nodes.rows;
@@ -145,12 +154,14 @@ __device__ __noinline__ void AttendBlocks(const AttentionOp& op, const PassNodes
     const int end = min(first + kKeysPerBlock, t + 1);
     const int kv_head = head / (op.heads / op.kv_heads);
     __syncwarp();
+#pragma unroll 1
     for (int d = lane; d < op.head_dim; d += 32) {
       q[d] = op.scale * __ldcg(op.q + (static_cast<int64_t>(row) * op.heads + head) * op.head_dim + d);
     }
     __syncwarp();
     float most = -INFINITY, total = 0.0f;
     float sums[kDimsPerLane] = {};
+#pragma unroll 1
     for (int chunk = first; chunk < end; chunk += 32) {
       const int position = chunk + lane;
       const bool valid = position < end;
@@ -174,6 +185,7 @@ __device__ __noinline__ void AttendBlocks(const AttentionOp& op, const PassNodes
       const int count = min(32, end - chunk);
       // Several rows of values are on their way at a time.
       constexpr int kAheadRows = kDimsPerLane <= 4 ? 8 : 4;
+#pragma unroll 1
       for (int j = 0; j < count; j += kAheadRows) {
         T values[kAheadRows][kDimsPerLane];
 #pragma unroll
@@ -216,10 +228,11 @@ __device__ __noinline__ void AttendBlocks(const AttentionOp& op, const PassNodes
 
 // One warp a row and head: its blocks, in order.
 template <typename T>
-__device__ inline void CombineBlocks(const AttentionOp& op, const PassNodes& nodes,
+__device__ __noinline__ void CombineBlocks(const AttentionOp& op, const PassNodes& nodes,
                                      int bucket_rows) {
   constexpr int kDimsPerLane = kMaxHeadDim / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int task = warp * gridDim.x + blockIdx.x; task < nodes.rows * op.heads;
        task += kConsumerWarps * gridDim.x) {
     const int row = task / op.heads, head = task % op.heads;
@@ -228,6 +241,7 @@ __device__ inline void CombineBlocks(const AttentionOp& op, const PassNodes& nod
                                               nodes.key_blocks * (op.head_dim + 2);
     float most = -INFINITY, total = 0.0f;
     float sums[kDimsPerLane] = {};
+#pragma unroll 1
     for (int block = 0; block < blocks; ++block, from += op.head_dim + 2) {
       const float block_most = __ldcg(from);
       const float new_most = fmaxf(most, block_most);

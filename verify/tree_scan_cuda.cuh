@@ -114,7 +114,7 @@ struct SliceChannels {
 };
 
 template <typename T, int kRowTiles>
-__device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int head, int slice,
+__device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes, int head, int slice,
                                  char* work) {
   constexpr int kRows = 8 * kRowTiles;
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
@@ -155,6 +155,7 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
   {
     constexpr int kPer16 = 16 / sizeof(T);
     const int vectors = ds / kPer16;
+#pragma unroll 1
     for (int i = tid; i < 64 * vectors; i += kConsumers) {
       const int r = i / vectors, n = i % vectors * kPer16;
       CopyAsync16(ring_b + r * c_stride + n,
@@ -162,6 +163,7 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
     }
     if (inner % 4 == 0 && op.head_dim % 4 == 0) {
       const int quads = op.slice / 4;
+#pragma unroll 1
       for (int i = tid; i < 64 * quads; i += kConsumers) {
         const int r = i / quads, p = i % quads * 4;
         if (p < dims) {
@@ -170,84 +172,126 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
         }
       }
     } else {
+#pragma unroll 1
       for (int i = tid; i < 64 * op.slice; i += kConsumers) {
         const int r = i / op.slice, p = i % op.slice;
         if (p < dims) ring_u[i] = store.u[static_cast<int64_t>(r) * inner + first_x + p];
       }
     }
   }
-  // Padding takes part in products.
-  for (int i = tid; i < kRows * c_stride; i += kConsumers) {
-    c[i] = FromFloat<T>(0.0f);
-    b[i] = FromFloat<T>(0.0f);
+  // Padding of the state takes part in products; rows that are not there do not matter to others.
+  if (op.d_state < ds) {
+#pragma unroll 1
+    for (int i = tid; i < kRows * c_stride; i += kConsumers) {
+      c[i] = FromFloat<T>(0.0f);
+      b[i] = FromFloat<T>(0.0f);
+    }
   }
+  // dt of row `tid`, before bias and factor.
+  float raw_dt = tid < rows ? Sum(op.partials, tid, inner + channels + head) : 0.0f;
+#pragma unroll 1
   for (int r = tid; r < new_rows; r += kConsumers) {
     decay[r] = store.l[static_cast<int64_t>(r) * op.heads + head];
   }
   RowFactors(op.norm, rows, factor);
   NamedBarrier(1, kConsumers);
-  for (int row = tid; row < rows; row += kConsumers) {
-    const int column = inner + channels + head;
-    float value = factor[row] * Sum(op.partials, row, column);
-    if (op.in_bias != nullptr) value += op.in_bias[column];
-    const float v = value + op.dt_bias[head];
+  if (tid < rows) {
+    raw_dt *= factor[tid];
+    if (op.in_bias != nullptr) raw_dt += op.in_bias[inner + channels + head];
+    const float v = raw_dt + op.dt_bias[head];
     const float soft = fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));
-    dt[row] = fminf(fmaxf(soft, op.dt_min), op.dt_max);
+    dt[tid] = fminf(fmaxf(soft, op.dt_min), op.dt_max);
   }
 
   // Convolution and activation, `chunk` channels at a time for all rows.
   const SliceChannels own = {first_x, dims, inner + group * op.d_state,
                              inner + (op.groups + group) * op.d_state, op.d_state};
+  const bool quads = (inner | dims | first_x | op.d_state) % 4 == 0;
+#pragma unroll 1
   for (int begin = 0; begin < own.count(); begin += layout.chunk) {
     const int count = min(layout.chunk, own.count() - begin);
     if (begin > 0) NamedBarrier(1, kConsumers);  // raw is free
-    for (int i = tid; i < rows * count; i += 4 * kConsumers) {
-      float values[4];
+    if (quads) {
+      // Four channels a load, four splits at a time.
+      const int row_quads = count / 4;
+      const int64_t split_stride = static_cast<int64_t>(kMaxRows) * op.partials.ld / 4;
+#pragma unroll 2
+      for (int i = tid; i < rows * row_quads; i += kConsumers) {
+        const int row = i / row_quads, k = (i - row * row_quads) * 4;
+        const int channel = own.Channel(begin + k);
+        const float4* from = Quads(op.partials, row, (inner + channel) / 4);
+        float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+        for (int split = 0; split < op.partials.splits; split += 4, from += 4 * split_stride) {
+          float4 v[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int at = i + k * kConsumers;
-        if (at >= rows * count) break;
-        const int row = at / count, channel = own.Channel(begin + at % count);
-        values[k] = Sum(op.partials, row, inner + channel);
+          for (int n = 0; n < 4; ++n) {
+            if (split + n < op.partials.splits) v[n] = __ldcg(from + n * split_stride);
+          }
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            if (split + n < op.partials.splits) {
+              sum.x += v[n].x;
+              sum.y += v[n].y;
+              sum.z += v[n].z;
+              sum.w += v[n].w;
+            }
+          }
+        }
+        const float f = factor[row];
+        sum = make_float4(f * sum.x, f * sum.y, f * sum.z, f * sum.w);
+        if (op.in_bias != nullptr) {
+          const float4 bias = *reinterpret_cast<const float4*>(op.in_bias + inner + channel);
+          sum = make_float4(sum.x + bias.x, sum.y + bias.y, sum.z + bias.z, sum.w + bias.w);
+        }
+        *reinterpret_cast<float4*>(raw + row * layout.chunk + k) = sum;
+        if (begin + k < dims || first_of_group) {
+          const int64_t to = op.taps + nodes.first_pending + row;
+          *reinterpret_cast<float4*>(store.conv + to * channels + channel) = sum;
+        }
       }
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int at = i + k * kConsumers;
-        if (at >= rows * count) break;
-        const int row = at / count, channel = own.Channel(begin + at % count);
-        float value = factor[row] * values[k];
+    } else {
+#pragma unroll 1
+      for (int i = tid; i < rows * count; i += kConsumers) {
+        const int row = i / count, k = i % count;
+        const int channel = own.Channel(begin + k);
+        float value = factor[row] * Sum(op.partials, row, inner + channel);
         if (op.in_bias != nullptr) value += op.in_bias[inner + channel];
-        raw[row * layout.chunk + at % count] = value;
-        if (begin + at % count < dims || first_of_group) {
+        raw[row * layout.chunk + k] = value;
+        if (begin + k < dims || first_of_group) {
           const int64_t to = op.taps + nodes.first_pending + row;
           store.conv[to * channels + channel] = value;
         }
       }
     }
     NamedBarrier(1, kConsumers);
-#pragma unroll 2
+#pragma unroll 1
     for (int i = tid; i < rows * count; i += kConsumers) {
       const int row = i / count, k = begin + i % count;
       const int channel = own.Channel(k);
+      const float* raw_column = raw + (k - begin);
+      const float* conv_column = store.conv + channel;
+      const float* weight = op.conv_weight + channel;
       float sum = op.conv_bias[channel];
-      float inputs[kMaxTaps];
+      // Three inputs on their way at a time: a kernel of four has no more.
+#pragma unroll 1
+      for (int far = op.taps; far > 0; far -= 3) {
+        float inputs[3], taps[3];
 #pragma unroll
-      for (int back = kMaxTaps; back > 0; --back) {
-        if (back > op.taps) continue;
-        const int tap = nodes.taps[row][back - 1];
-        inputs[back - 1] =
-            tap >= 0    ? raw[tap * layout.chunk + i % count]
-            : tap == -1 ? 0.0f
-                        : store.conv[static_cast<int64_t>(-2 - tap) * channels + channel];
-      }
+        for (int m = 0; m < 3; ++m) {
+          if (far - m < 1) continue;
+          const int tap = nodes.taps[row][far - m - 1];
+          const float* from = tap >= 0 ? raw_column + tap * layout.chunk
+                                       : conv_column + static_cast<int64_t>(-2 - tap) * channels;
+          inputs[m] = tap == -1 ? 0.0f : *from;
+          taps[m] = tap == -1 ? 0.0f : weight[(op.taps - far + m) * op.conv_stride];
+        }
 #pragma unroll
-      for (int back = kMaxTaps; back > 0; --back) {
-        if (back > op.taps || nodes.taps[row][back - 1] == -1) continue;
-        sum = fmaf(op.conv_weight[(op.taps - back) * op.conv_stride + channel], inputs[back - 1],
-                   sum);
+        for (int m = 0; m < 3; ++m) {
+          if (far - m >= 1) sum = fmaf(taps[m], inputs[m], sum);
+        }
       }
-      sum = fmaf(op.conv_weight[op.taps * op.conv_stride + channel],
-                 raw[row * layout.chunk + i % count], sum);
+      sum = fmaf(weight[op.taps * op.conv_stride], raw_column[row * layout.chunk], sum);
       const T value = FromFloat<T>(Silu(sum));
       if (k < dims) {
         x[row * op.slice + k] = value;
@@ -263,6 +307,7 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
   }
   // l of the new nodes: along the path, from the start of the node's aligned segment.
   const float a = op.a[head];
+#pragma unroll 1
   for (int row = tid; row < rows; row += kConsumers) {
     const int t = nodes.position[row];
     const int segment = t / 32 * 32;
@@ -272,6 +317,7 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
       l = decay[(nodes.prefix - 1) % 64];
       next = nodes.prefix;
     }
+#pragma unroll 1
     for (int p = next; p <= t; ++p) {
       const int node = nodes.path[row][p - nodes.prefix];
       // Of the earlier pending nodes the stored value is the sum so far.
@@ -290,6 +336,7 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
 
   // Scores C_i . B_j into weights[i][position of j - checkpoint of i]; eight stored rows a turn.
   constexpr int kRowBlocks = (kRows + 15) / 16;
+#pragma unroll 1
   for (int tile = warp; tile < (end_rows + 7) / 8; tile += kConsumerWarps) {
     const int j = tile * 8 + lane / 4;  // the stored row whose B this lane loads
     const T* from = nullptr;
@@ -354,18 +401,35 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
   const int node_step = kConsumerWarps / p_tiles;
   constexpr int kMost = kRowTiles < 4 ? kRowTiles : 4;  // node tiles of a warp: slice <= 64
   const int p0 = p_tile * 16 + lane / 4;
-  float z[kMost][2][2];
+  float z[kMost][2][2] = {};
 #pragma unroll
   for (int k = 0; k < kMost; ++k) {
     const int tile = warp / p_tiles + k * node_step;
+    if (tile >= kRowTiles) break;
+#pragma unroll 1
+    for (int split = 0; split < op.partials.splits; split += 4) {
+      float v[4][2][2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = tile * 8 + lane % 4 * 2 + half;
+      for (int n = 0; n < 4; ++n) {
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const int p = p0 + 8 * part;
-        z[k][half][part] =
-            tile < kRowTiles && row < rows && p < dims ? Sum(op.partials, row, first_x + p) : 0.0f;
+        for (int e = 0; e < 4; ++e) {
+          const int row = tile * 8 + lane % 4 * 2 + e / 2, p = p0 + 8 * (e % 2);
+          if (split + n < op.partials.splits && row < rows && p < dims) {
+            v[n][e / 2][e % 2] =
+                __ldcg(op.partials.data +
+                       (static_cast<int64_t>(split + n) * kMaxRows + row) * op.partials.ld + first_x + p);
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = tile * 8 + lane % 4 * 2 + e / 2, p = p0 + 8 * (e % 2);
+          if (split + n < op.partials.splits && row < rows && p < dims) {
+            z[k][e / 2][e % 2] += v[n][e / 2][e % 2];
+          }
+        }
       }
     }
   }
@@ -376,6 +440,7 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
     return position < nodes.prefix ? position % 64
                                    : 64 + nodes.path[row][position - nodes.prefix];
   };
+#pragma unroll 1
   for (int i = tid; i < rows * 64; i += kConsumers) {
     const int row = i / 64, j = i % 64;
     const int t = nodes.position[row], start = nodes.checkpoint[row];
@@ -394,10 +459,12 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
 
   // The state term S C_i, for each of the two checkpoints that a node of the pass reads.
   float y[kMost][4] = {};
+#pragma unroll 1
   for (int position = nodes.first_checkpoint; position <= nodes.last_checkpoint; position += 32) {
     if (position == 0 || !has_tile) continue;
     const float* state = store.checkpoints[position / 32 % 2] + tile_floats;
     float term[kMost][4] = {};
+#pragma unroll 1
     for (int n0 = 0; n0 < ds; n0 += 64) {
       float4 v[4][2];
 #pragma unroll
@@ -463,6 +530,7 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
   NamedBarrier(1, kConsumers);  // C and B are used up, the weights are there
 
   // u of pending rows, and of the new ones into the store.
+#pragma unroll 1
   for (int i = tid; i < (end_rows - 64) * op.slice; i += kConsumers) {
     const int k = i / op.slice, p = i % op.slice;
     if (p >= dims) continue;
@@ -508,6 +576,7 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
       const int row = tile * 8 + lane % 4 * 2 + half;
       if (row >= rows) continue;
       float y0 = y[k][half], y1 = y[k][2 + half];
+#pragma unroll 1
       for (int position = max(nodes.prefix, starts[k][half]); position <= nodes.position[row];
            ++position) {
         const float* from = pending_u + nodes.path[row][position - nodes.prefix] * op.slice + p0;
@@ -535,6 +604,7 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = squares[half];
+#pragma unroll 1
       for (int other = 4; other < 32; other *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
       const int row = tile * 8 + lane % 4 * 2 + half;
       if (lane / 4 == 0 && row < rows) {
@@ -545,9 +615,76 @@ __device__ inline void ScanSlice(const ScanOp& op, const PassNodes& nodes, int h
   }
 }
 
+// One warp: brings what a block's slices read of earlier passes and of weights into the cache, while
+// the product before them runs.
+template <typename T>
+__device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes) {
+  const int lane = threadIdx.x % 32;
+  const LayerStore<T>& store = static_cast<const LayerStore<T>*>(nodes.layers)[op.layer];
+  const int inner = op.heads * op.head_dim;
+  const int channels = inner + 2 * op.groups * op.d_state;
+  const int ds = op.padded_d_state;
+#pragma unroll 1
+  for (int task = blockIdx.x; task < op.heads * op.slices; task += gridDim.x) {
+    const int head = task / op.slices, first_dim = task % op.slices * op.slice;
+    const int dims = min(op.slice, op.head_dim - first_dim);
+    const int first_x = head * op.head_dim + first_dim;
+    const int group = head / (op.heads / op.groups);
+    const int first_b = inner + group * op.d_state;
+    // A kind of rows a turn, so that there is one copy of the loop over lines.
+#pragma unroll 1
+    for (int kind = 0; kind < 16; ++kind) {
+      const void* base = nullptr;
+      int count = 1, bytes = 4;
+      int64_t stride = 0;
+      const int part = kind % 3;  // x, B, C
+      const int first = part == 0 ? first_x : first_b + (part - 1) * op.groups * op.d_state;
+      const int part_bytes = (part == 0 ? dims : op.d_state) * 4;
+      if (kind < 3) {
+        base = store.conv + first;
+        count = op.taps, stride = int64_t{channels} * 4, bytes = part_bytes;
+      } else if (kind < 6) {
+        base = op.conv_weight + first;
+        count = op.taps + 1, stride = int64_t{op.conv_stride} * 4, bytes = part_bytes;
+      } else if (kind < 9) {
+        base = op.conv_bias + first;
+        bytes = part_bytes;
+      } else if (kind == 9) {
+        base = store.b + group * ds;
+        count = 64, stride = int64_t{op.groups} * ds * sizeof(T), bytes = ds * sizeof(T);
+      } else if (kind == 10) {
+        base = store.u + first_x;
+        count = 64, stride = int64_t{inner} * 4, bytes = dims * 4;
+      } else if (kind == 11) {
+        base = store.l + head;
+        count = 64 + nodes.first_pending, stride = int64_t{op.heads} * 4;
+      } else if (kind == 12) {
+        base = op.norm_weight + first_x;
+        bytes = dims * 4;
+      } else if (kind == 13) {
+        base = (lane % 3 == 0 ? op.a : lane % 3 == 1 ? op.d : op.dt_bias) + head;
+        count = 32;
+      } else {
+        const int position = kind == 14 ? nodes.first_checkpoint : nodes.last_checkpoint;
+        if (position == 0 || (kind == 15 && position == nodes.first_checkpoint)) continue;
+        base = store.checkpoints[position / 32 % 2] +
+               static_cast<int64_t>(head) * PadTo16(op.head_dim) * ds + int64_t{first_dim} * ds;
+        bytes = PadTo16(dims) * ds * 4;
+      }
+      const int lines = (bytes + 127) / 128 + 1;  // rows need not begin at a line
+#pragma unroll 1
+      for (int i = lane; i < count * lines; i += 32) {
+        const int64_t offset = i / lines * stride + min(i % lines * 128, bytes - 1);
+        Prefetch(static_cast<const char*>(base) + offset);
+      }
+    }
+  }
+}
+
 template <typename T, int kRowTiles>
 __device__ inline void Scan(const ScanOp& op, const PassNodes& nodes, char* work) {
   const int tasks = op.heads * op.slices;
+#pragma unroll 1
   for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
     NamedBarrier(1, kConsumers);
     ScanSlice<T, kRowTiles>(op, nodes, task / op.slices, task % op.slices, work);
@@ -572,6 +709,7 @@ struct CommitPath {
 
 template <typename Element>
 __device__ inline void CopyRow(Element* rows, int64_t columns, int from, int to) {
+#pragma unroll 1
   for (int64_t i = threadIdx.x; i < columns; i += blockDim.x) {
     rows[to * columns + i] = rows[from * columns + i];
   }
@@ -621,6 +759,7 @@ __global__ void FoldKernel(const CommitLayer<T>* layers, const FoldShape* shapes
     return store.l[static_cast<int64_t>(first + k) * shape.heads + head];
   };
   const float last = decay(31);
+#pragma unroll 1
   for (int i = threadIdx.x; i < 32 * padded; i += blockDim.x) {
     const int k = i / padded, p = i % padded;
     float value = 0.0f;
@@ -629,6 +768,7 @@ __global__ void FoldKernel(const CommitLayer<T>* layers, const FoldShape* shapes
     }
     u[i] = expf(last - decay(k)) * value;
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < 32 * ds; i += blockDim.x) {
     const int k = i / ds, n = i % ds;
     b[i] = ToFloat(store.b[(static_cast<int64_t>(first + k) * shape.groups + group) * ds + n]);
@@ -637,12 +777,14 @@ __global__ void FoldKernel(const CommitLayer<T>* layers, const FoldShape* shapes
   const float* from = store.checkpoints[segment / 32 % 2] + static_cast<int64_t>(head) * padded * ds;
   float* to = store.checkpoints[(segment / 32 + 1) % 2] + static_cast<int64_t>(head) * padded * ds;
   const float state_decay = expf(last);
+#pragma unroll 1
   for (int quad = threadIdx.x; quad < padded * ds / 4; quad += blockDim.x) {
     const int block = quad / 64, half = quad / 32 % 2, lane = quad % 32;
     const int p = block / (ds / 16) * 16 + lane / 4;
     const int n = block % (ds / 16) * 16 + half * 8 + lane % 4 * 2;
     float4 s = reinterpret_cast<const float4*>(from)[quad];
     s = make_float4(state_decay * s.x, state_decay * s.y, state_decay * s.z, state_decay * s.w);
+#pragma unroll 1
     for (int k = 0; k < 32; ++k) {
       const float u0 = u[k * padded + p], u1 = u[k * padded + p + 8];
       const float b0 = b[k * ds + n], b1 = b[k * ds + n + 1];

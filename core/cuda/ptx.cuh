@@ -66,6 +66,11 @@ __device__ inline void BulkCopy(void* to, const void* from, uint32_t bytes, uint
       : "memory");
 }
 
+// Brings a line into the cache of the device.
+__device__ inline void Prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // 16 bytes on their way to shared memory while the thread goes on; CopiesWait waits for the thread's.
 __device__ inline void CopyAsync16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(SharedAddress(to)), "l"(from)

@@ -18,9 +18,9 @@
 
 namespace canopy::cuda {
 
-// 128 KiB of slots: 17 MB in flight on 132 multiprocessors, four microseconds of an H200's bandwidth,
+// 126 KiB of slots: 17 MB in flight on 132 multiprocessors, four microseconds of an H200's bandwidth,
 // while other operators run. The tree scan needs the rest of the shared memory.
-inline constexpr int kSlotBytes = 32 << 10;
+inline constexpr int kSlotBytes = 32256;
 template <typename T>
 inline constexpr int kSlots = sizeof(T) == 2 ? 4 : 2;
 template <typename T>
@@ -226,7 +226,7 @@ __device__ inline void RowFactors(const RowNorm& norm, int rows, float* factors)
 
 // All consumer threads. `work` holds 16 KiB.
 template <typename T, int kRowTiles>
-__device__ inline void ConsumeMatmul(const MatmulOp& op, int rows, Ring& state,
+__device__ __noinline__ void ConsumeMatmul(const MatmulOp& op, int rows, Ring& state,
                                            float* work) {
   Ring ring = state;
   MatmulTile tile;

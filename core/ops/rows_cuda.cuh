@@ -74,6 +74,7 @@ __device__ inline float Sum(const Partials& p, int row, int column) {
   const float* at = p.data + static_cast<int64_t>(row) * p.ld + column;
   const int64_t stride = static_cast<int64_t>(kMaxRows) * p.ld;
   float sum = 0.0f;
+#pragma unroll 1
   for (int s = 0; s < p.splits; s += 4) {
     float v[4];
 #pragma unroll
@@ -86,16 +87,18 @@ __device__ inline float Sum(const Partials& p, int row, int column) {
   return sum;
 }
 
-// Columns 4 * quad to 4 * quad + 3: the first kAhead splits loaded, then all added with the factors
+// Columns 4 * quad to 4 * quad + 3: kAhead splits loaded at a time, then all added with the factors
 // of the splits' groups.
-inline constexpr int kAhead = 4;
+template <int kAhead>
 struct Loaded4 {
   float4 v[kAhead];
 };
 __device__ inline const float4* Quads(const Partials& p, int row, int quad) {
   return reinterpret_cast<const float4*>(p.data + static_cast<int64_t>(row) * p.ld) + quad;
 }
-__device__ inline void Load4(const Partials& p, int row, int quad, int first, Loaded4& loaded) {
+template <int kAhead>
+__device__ inline void Load4(const Partials& p, int row, int quad, int first,
+                             Loaded4<kAhead>& loaded) {
   const float4* at = Quads(p, row, quad);
   const int64_t stride = static_cast<int64_t>(kMaxRows) * p.ld / 4;
 #pragma unroll
@@ -103,20 +106,29 @@ __device__ inline void Load4(const Partials& p, int row, int quad, int first, Lo
     if (first + s < p.splits) loaded.v[s] = __ldcg(at + (first + s) * stride);
   }
 }
-__device__ inline float4 Sum4(const Partials& p, int row, int quad, Loaded4& loaded,
+template <int kAhead>
+__device__ inline float4 Sum4(const Partials& p, int row, int quad, Loaded4<kAhead>& loaded,
                               const float* factors, int groups) {
   float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+  const int per_group = groups == 1 ? p.splits : p.splits / groups;
+  int in_group = 0;
+  const float* factor = factors + row;
+#pragma unroll 1
   for (int first = 0; first < p.splits; first += kAhead) {
     if (first > 0) Load4(p, row, quad, first, loaded);
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
       if (first + s < p.splits) {
-        const float f = factors[(first + s) * groups / p.splits * kMaxRows + row];
+        const float f = *factor;
         const float4 v = loaded.v[s];
         sum.x += f * v.x;
         sum.y += f * v.y;
         sum.z += f * v.z;
         sum.w += f * v.w;
+        if (++in_group == per_group) {
+          in_group = 0;
+          factor += kMaxRows;
+        }
       }
     }
   }
@@ -137,15 +149,15 @@ __device__ inline void StoreAct4(void* act, int bucket_rows, int row, int quad, 
   }
 }
 
-// x [4] of a row becomes the next norm's input. All lanes of a warp call it.
+// x [4] of a row becomes the next norm's input; w [4] of the norm's weights. All lanes of a warp
+// call it.
 template <typename T>
 __device__ inline void WriteNormInput(const NormInput& next, int bucket_rows, int k_steps,
-                                      bool active, int row, int quad, float4 x) {
+                                      bool active, int row, int quad, float4 x, float4 w) {
   float squares = x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
   squares += __shfl_xor_sync(0xffffffffu, squares, 1);
   squares += __shfl_xor_sync(0xffffffffu, squares, 2);
   if (!active) return;
-  const float4 w = reinterpret_cast<const float4*>(next.weight)[quad];
   StoreAct4<T>(next.act, bucket_rows, row, quad,
                make_float4(x.x * w.x, x.y * w.y, x.z * w.z, x.w * w.w));
   if (quad % 4 == 0) __stcg(next.squares + row * k_steps + quad / 4, squares);
@@ -156,6 +168,7 @@ __device__ inline void WriteNormInput(const NormInput& next, int bucket_rows, in
 template <typename F>
 __device__ inline void ForQuads(int rows, int k_steps, const F& task) {
   const int total = rows * k_steps;
+#pragma unroll 1
   for (int base = 0; base * static_cast<int>(gridDim.x) < total; base += kConsumers / 4) {
     const int index = (base + threadIdx.x / 4) * gridDim.x + blockIdx.x;
     const bool active = index < total;
@@ -174,26 +187,30 @@ __device__ inline void Embed(const EmbedOp& op, const PassNodes& nodes, int buck
       const T* from = static_cast<const T*>(op.table) +
                       static_cast<int64_t>(nodes.token[row]) * op.columns;
       float* values = &x.x;
+#pragma unroll 1
       for (int i = 0; i < 4; ++i) {
         if (quad * 4 + i < op.columns) values[i] = ToFloat(from[quad * 4 + i]);
       }
       __stcg(reinterpret_cast<float4*>(op.x + static_cast<int64_t>(row) * ld) + quad, x);
     }
-    WriteNormInput<T>(op.next, bucket_rows, op.k_steps, active, row, quad, x);
+    const float4 w = reinterpret_cast<const float4*>(op.next.weight)[quad];
+    WriteNormInput<T>(op.next, bucket_rows, op.k_steps, active, row, quad, x, w);
   });
 }
 
 template <typename T>
-__device__ inline void Residual(const ResidualOp& op, const PassNodes& nodes, int bucket_rows,
+__device__ __noinline__ void Residual(const ResidualOp& op, const PassNodes& nodes, int bucket_rows,
                                 float* work) {
   const int ld = op.k_steps * 16;
   bool first = true;
   ForQuads(nodes.rows, op.k_steps, [&](bool active, int row, int quad) {
     float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
     float4* to = reinterpret_cast<float4*>(op.x + static_cast<int64_t>(row) * ld) + quad;
-    Loaded4 loaded;
+    Loaded4<8> loaded;
+    float4 w = {0.0f, 0.0f, 0.0f, 0.0f};
     if (active) {
       x = __ldcg(to);
+      w = reinterpret_cast<const float4*>(op.next.weight)[quad];
       Load4(op.partials, row, quad, 0, loaded);
     }
     if (first) {  // while those loads are under way
@@ -210,7 +227,7 @@ __device__ inline void Residual(const ResidualOp& op, const PassNodes& nodes, in
       x = make_float4(x.x + sum.x, x.y + sum.y, x.z + sum.z, x.w + sum.w);
       __stcg(to, x);
     }
-    WriteNormInput<T>(op.next, bucket_rows, op.k_steps, active, row, quad, x);
+    WriteNormInput<T>(op.next, bucket_rows, op.k_steps, active, row, quad, x, w);
   });
 }
 
@@ -233,7 +250,7 @@ __device__ inline float Activate(int activation, float x) {
 }
 
 template <typename T>
-__device__ inline void Gated(const GatedOp& op, const PassNodes& nodes, int bucket_rows,
+__device__ __noinline__ void Gated(const GatedOp& op, const PassNodes& nodes, int bucket_rows,
                              float* work) {
   RowFactors(op.norm, nodes.rows, work);
   NamedBarrier(1, kConsumers);
@@ -243,7 +260,7 @@ __device__ inline void Gated(const GatedOp& op, const PassNodes& nodes, int buck
     float4 y = {0.0f, 0.0f, 0.0f, 0.0f};
     float gates[4], ups[4];
     if (vectors && quad * 4 < op.columns) {
-      Loaded4 gate, up;
+      Loaded4<4> gate, up;
       const int up_quad = op.columns / 4 + quad;
       Load4(op.partials, row, quad, 0, gate);
       Load4(op.partials, row, up_quad, 0, up);
@@ -257,6 +274,7 @@ __device__ inline void Gated(const GatedOp& op, const PassNodes& nodes, int buck
         gates[i] = 0.0f;
         ups[i] = 0.0f;
         if (quad * 4 + i >= op.columns) continue;
+#pragma unroll 1
         for (int s = 0; s < op.partials.splits; ++s) {
           const float* at = op.partials.data +
                             (static_cast<int64_t>(s) * kMaxRows + row) * op.partials.ld + quad * 4 + i;
@@ -293,9 +311,11 @@ __device__ inline void SelectTop(int count, int top, const Value& value_at, cons
   const int lane = threadIdx.x % 32;
   float last = INFINITY;
   int last_token = -1;
+#pragma unroll 1
   for (int r = 0; r < top; ++r) {
     float best = -INFINITY;
     int best_token = INT32_MAX;
+#pragma unroll 1
     for (int i = lane; i < count; i += 32) {
       const float value = value_at(i);
       const int token = token_at(i);
@@ -305,6 +325,7 @@ __device__ inline void SelectTop(int count, int top, const Value& value_at, cons
         best_token = token;
       }
     }
+#pragma unroll 1
     for (int other = 16; other > 0; other /= 2) {
       const float value = __shfl_xor_sync(0xffffffffu, best, other);
       const int token = __shfl_xor_sync(0xffffffffu, best_token, other);
@@ -324,6 +345,7 @@ __device__ inline void Select(const SelectOp& op, const PassNodes& nodes) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (op.stage == 0) {
     const int per_slice = (op.vocab + kSelectSlices - 1) / kSelectSlices;
+#pragma unroll 1
     for (int task = warp * gridDim.x + blockIdx.x; task < nodes.rows * kSelectSlices;
          task += kConsumerWarps * gridDim.x) {
       const int row = task / kSelectSlices, slice = task % kSelectSlices;
@@ -332,6 +354,7 @@ __device__ inline void Select(const SelectOp& op, const PassNodes& nodes) {
       const float* logits = op.logits + static_cast<int64_t>(row) * op.ld + first;
       const int at = task * kMaxTop;
       bool nan = false;
+#pragma unroll 1
       for (int i = lane; i < count; i += 32) nan |= isnan(__ldcg(logits + i));
       if (__any_sync(0xffffffffu, nan)) {
         // Told by a value that no logit has.
@@ -348,13 +371,16 @@ __device__ inline void Select(const SelectOp& op, const PassNodes& nodes) {
     }
     return;
   }
+#pragma unroll 1
   for (int row = warp * gridDim.x + blockIdx.x; row < nodes.rows;
        row += kConsumerWarps * gridDim.x) {
     const int at = row * kSelectSlices * kMaxTop;
     bool nan = false;
+#pragma unroll 1
     for (int i = lane; i < kSelectSlices; i += 32) nan |= isnan(__ldcg(op.values + at + i * kMaxTop));
     if (__any_sync(0xffffffffu, nan)) {
       if (lane == 0) {
+#pragma unroll 1
         for (int r = 0; r < nodes.top; ++r) op.out->token[row][r] = -1;
       }
       continue;
