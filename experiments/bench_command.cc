@@ -75,7 +75,8 @@ absl::Status WriteJson(const std::string& path, const nlohmann::json& json) {
 
 absl::Status Compare(CudaBackend& cuda, const CudaModel& model, const BenchOptions& options,
                      nlohmann::json* out) {
-  std::printf("\nproducts alone, bf16, us, by rows; ours reads its weights from memory as cuBLAS does\n");
+  std::printf(
+      "\nproducts alone, bf16, us, by rows; ours reads its weights from memory as cuBLAS does\n");
   std::printf("  %-24s", "out x in");
   for (int rows : options.nodes) std::printf("  %6d cublas    ours", rows);
   std::printf("\n");
@@ -89,8 +90,11 @@ absl::Status Compare(CudaBackend& cuda, const CudaModel& model, const BenchOptio
                        model.TimeProduct(ours, rows, options.repetitions));
       const double own = SpreadOf(times).median;
       std::printf("  %13.2f %7.2f", 1e6 * cublas, 1e6 * own);
-      (*out)["products"].push_back({{"out", rows_out}, {"in", columns}, {"rows", rows},
-                                    {"cublas_seconds", cublas}, {"seconds", own}});
+      (*out)["products"].push_back({{"out", rows_out},
+                                    {"in", columns},
+                                    {"rows", rows},
+                                    {"cublas_seconds", cublas},
+                                    {"seconds", own}});
     }
     std::printf("\n");
   }
@@ -113,11 +117,10 @@ absl::Status RunBench(const BenchOptions& options) {
               std::string(Name(model.info().dtype)).c_str(),
               synthetic ? ", random weights of the published shape" : "");
   std::printf("read bandwidth %.0f GB/s; revision %s\n", 1e-9 * bandwidth, GitRevision());
-  nlohmann::json json = {{"model", options.model}, {"synthetic", synthetic},
-                         {"device", backend->Description()},
-                         {"dtype", std::string(Name(model.info().dtype))},
-                         {"revision", GitRevision()},
-                         {"read_bytes_per_second", bandwidth}};
+  nlohmann::json json = {
+      {"model", options.model},           {"synthetic", synthetic},
+      {"device", backend->Description()}, {"dtype", std::string(Name(model.info().dtype))},
+      {"revision", GitRevision()},        {"read_bytes_per_second", bandwidth}};
   std::mt19937_64 rng(1);
   const int vocab = model.info().vocab_size;
   for (int context : options.contexts) {
@@ -142,8 +145,8 @@ absl::Status RunBench(const BenchOptions& options) {
     std::vector<std::map<std::string, double>> breakdowns;
     for (int nodes : options.nodes) {
       const TokenTree tree = BenchTree(rng, nodes, vocab);
-      const ForwardItem item{.state = state.get(), .tokens = tree.tokens(),
-                             .parents = tree.parents(), .top = 1};
+      const ForwardItem item{
+          .state = state.get(), .tokens = tree.tokens(), .parents = tree.parents(), .top = 1};
       RETURN_IF_ERROR(model.Forward({&item, 1}, *workspace).status());
       RETURN_IF_ERROR(model.Repeat(*workspace, 10).status());
       ASSIGN_OR_RETURN(const std::vector<double> times,
@@ -160,9 +163,12 @@ absl::Status RunBench(const BenchOptions& options) {
       for (const OperatorTime& time : operators) by_name[time.name] += time.share;
       nlohmann::json shares;
       for (const auto& [name, share] : by_name) shares[name] = share * spread.median;
-      json["passes"].push_back({{"context", context}, {"nodes", nodes},
-                                {"seconds", spread.median}, {"seconds_p10", spread.p10},
-                                {"seconds_p90", spread.p90}, {"bytes", bytes},
+      json["passes"].push_back({{"context", context},
+                                {"nodes", nodes},
+                                {"seconds", spread.median},
+                                {"seconds_p10", spread.p10},
+                                {"seconds_p90", spread.p90},
+                                {"bytes", bytes},
                                 {"operators_seconds", shares}});
       breakdowns.push_back(std::move(by_name));
       for (auto& [name, share] : breakdowns.back()) share *= spread.median;
@@ -218,8 +224,8 @@ int RunBenchCommand(std::span<const std::string> args) {
       "context", po::value(&contexts)->default_value(contexts), "lengths of the prefix")(
       "repetitions", po::value(&options.repetitions)->default_value(options.repetitions),
       "of each pass")("compare", po::bool_switch(&options.compare),
-                      "also the same products through cuBLAS")(
-      "json", po::value(&options.json), "file for the figures");
+                      "also the same products through cuBLAS")("json", po::value(&options.json),
+                                                               "file for the figures");
   try {
     po::variables_map values;
     po::store(po::command_line_parser(std::vector<std::string>(args.begin(), args.end()))

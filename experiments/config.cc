@@ -88,7 +88,7 @@ constexpr ConfigKey kKeys[] = {
     {"suite.template", &C::suite_template, kAny, kAny,
      "built-in chat template: vicuna, llama-2, llama-3 or chatml; empty: the model's own", kOnce,
      kText, KeyScope::kAll},
-    {"run.device", &C::run_device, kAny, kAny, "where the models run: cpu, cuda or cuda:N", kOnce, kText,
+    {"run.device", &C::run_device, kAny, kAny, "where the models run", kOnce, kText,
      KeyScope::kAll},
     {"run.dtype", &C::run_dtype, kAny, kAny,
      "of weights and activations on a GPU; auto is the checkpoint's", kOnce, kText, KeyScope::kAll},
@@ -177,6 +177,14 @@ absl::Status OutOfRange(const ConfigKey& key, const std::string& text, const std
                                                  " is not allowed; expected ", expected));
 }
 
+bool IsDevice(std::string_view text) {
+  if (text == "cpu" || text == "cuda") return true;
+  if (!text.starts_with("cuda:")) return false;
+  text.remove_prefix(5);
+  return !text.empty() && text.size() <= 4 &&
+         std::all_of(text.begin(), text.end(), absl::ascii_isdigit);
+}
+
 // Parses `text` into the key's member.
 absl::Status SetValue(const ConfigKey& key, const std::string& text, const std::string& origin,
                       ExperimentConfig* config) {
@@ -184,6 +192,9 @@ absl::Status SetValue(const ConfigKey& key, const std::string& text, const std::
   if (const auto* member = std::get_if<std::string C::*>(&key.member)) {
     const std::vector<std::string> choices = Choices(key);
     if (!choices.empty() && std::find(choices.begin(), choices.end(), text) == choices.end()) {
+      return OutOfRange(key, text, origin, range);
+    }
+    if (std::string_view(key.name) == "run.device" && !IsDevice(text)) {
       return OutOfRange(key, text, origin, range);
     }
     if (std::string_view(key.name) == "tree.shape") {
@@ -264,6 +275,7 @@ std::string ValueText(const ConfigKey& key, const ExperimentConfig& config) {
 
 std::string RangeText(const ConfigKey& key) {
   if (std::holds_alternative<bool C::*>(key.member)) return "true or false";
+  if (std::string_view(key.name) == "run.device") return "cpu, cuda or cuda:N";
   if (std::holds_alternative<std::string C::*>(key.member)) {
     std::vector<std::string> choices = Choices(key);
     for (std::string& choice : choices) {

@@ -146,7 +146,8 @@ absl::Status DecodeLoop::DecodeOne(const DecodeRequest& request, Generation* out
   }
   if (request.drafter == nullptr || request.rule == nullptr) {
     return absl::InvalidArgumentError(
-        "a request names a drafter and an acceptance rule; plain decoding has the drafter \"none\"");
+        "a request names a drafter and an acceptance rule; plain decoding has the drafter "
+        "\"none\"");
   }
   if (request.max_nodes > max_nodes_) {
     return absl::InvalidArgumentError(absl::StrCat(

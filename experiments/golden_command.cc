@@ -45,7 +45,8 @@ int RunGoldenCommand(std::span<const std::string> args) {
       "greatest difference of a logit that passes")(
       "device", po::value(&options.device)->default_value(options.device), "cpu, cuda or cuda:N")(
       "dtype", po::value(&options.dtype)->default_value(options.dtype),
-      "on a GPU: auto, bf16 or f32")("threads", po::value(&options.threads)->default_value(0), "0: one a core");
+      "on a GPU: auto, bf16 or f32")("threads", po::value(&options.threads)->default_value(0),
+                                     "0: one a core");
   try {
     po::variables_map values;
     po::store(po::command_line_parser(std::vector<std::string>(args.begin(), args.end()))

@@ -156,8 +156,8 @@ absl::StatusOr<std::unique_ptr<DecodeState>> Decoder::NewState(
     }
   }
   memory.total_bytes = cpu_.memory().bytes_in_use - before;
-  return std::make_unique<DecodeState>(
-      this, options, std::make_unique<LayerStorage>(std::move(layers)), memory);
+  return std::make_unique<DecodeState>(this, options,
+                                       std::make_unique<LayerStorage>(std::move(layers)), memory);
 }
 
 absl::StatusOr<std::unique_ptr<Workspace>> Decoder::NewWorkspace(int max_rows) const {

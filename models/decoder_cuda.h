@@ -32,7 +32,8 @@ class CudaModel : public LanguageModel {
   virtual size_t PassBytes(int nodes, int context) const = 0;
   // The pass that was run last in the workspace, run again `repetitions` times between events, one
   // time each, in seconds. The state's pending nodes and its prefix stay as they are.
-  virtual absl::StatusOr<std::vector<double>> Repeat(Workspace& workspace, int repetitions) const = 0;
+  virtual absl::StatusOr<std::vector<double>> Repeat(Workspace& workspace,
+                                                     int repetitions) const = 0;
   // The model's products, one of each shape: {outputs, inputs} and a number for TimeProduct.
   virtual std::vector<std::pair<std::pair<int, int>, int>> Products() const = 0;
   // Seconds of that product alone for `rows` rows, its barrier of the grid included, in passes over

@@ -117,8 +117,8 @@ absl::StatusOr<StateOptions> CheckStateOptions(const ModelInfo& info,
   }
   if (options.max_positions > info.max_positions) {
     return absl::InvalidArgumentError(absl::StrCat(
-        "a state of ", options.max_positions, " positions; ", info.architecture, " at ",
-        info.path, " has at most ", info.max_positions, " (max_position_embeddings)"));
+        "a state of ", options.max_positions, " positions; ", info.architecture, " at ", info.path,
+        " has at most ", info.max_positions, " (max_position_embeddings)"));
   }
   if (options.max_pending > info.max_nodes) {
     return absl::InvalidArgumentError(absl::StrCat("a state of ", options.max_pending,

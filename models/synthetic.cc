@@ -153,8 +153,8 @@ absl::StatusOr<DecoderSpec> SyntheticSpec(const std::string& path, CpuBackend* c
     if (shape.name == name) return Maker(shape, cpu).Make();
     known.emplace_back(shape.name);
   }
-  return absl::NotFoundError(absl::StrCat(path, ": there is no synthetic model of that name; there are ",
-                                          absl::StrJoin(known, ", ")));
+  return absl::NotFoundError(absl::StrCat(
+      path, ": there is no synthetic model of that name; there are ", absl::StrJoin(known, ", ")));
 }
 
 std::vector<std::pair<std::string, std::string>> ListSyntheticModels() {

@@ -15,8 +15,8 @@ namespace canopy {
 
 inline constexpr std::string_view kSyntheticPrefix = "synthetic:";
 
-// The spec of "synthetic:NAME", bf16. With `cpu`, matrices are filled there; without, they are blank
-// and the device that the model is made on fills them. NotFound lists the names.
+// The spec of "synthetic:NAME", bf16. With `cpu`, matrices are filled there; without, they are
+// blank and the device that the model is made on fills them. NotFound lists the names.
 absl::StatusOr<DecoderSpec> SyntheticSpec(const std::string& path, CpuBackend* cpu);
 
 // Names with where their sizes are from, for `canopy list`.

@@ -61,17 +61,17 @@ struct PassNodes {
   int32_t kv_capacity;    // rows of k and v before those of pending nodes
   int32_t key_blocks;     // blocks of kKeysPerBlock positions that the deepest node reads
   int32_t first_checkpoint, last_checkpoint;  // of all nodes
-  int32_t top;            // greatest logits to select in each row; 0: none
-  const void* layers;     // LayerStore<T> [layers]
-  float* attention;       // scratch: [rows][heads][key_blocks][head_dim + 2]
+  int32_t top;                                // greatest logits to select in each row; 0: none
+  const void* layers;                         // LayerStore<T> [layers]
+  float* attention;                           // scratch: [rows][heads][key_blocks][head_dim + 2]
   int32_t token[kMaxRows];
   int32_t position[kMaxRows];
-  int32_t checkpoint[kMaxRows];  // position of the checkpoint that the node reads
+  int32_t checkpoint[kMaxRows];      // position of the checkpoint that the node reads
   uint8_t path[kMaxRows][kMaxRows];  // pending nodes on the path to the node, itself last
   uint8_t depth[kMaxRows];           // of pending nodes, 0 under the prefix
-  uint64_t path_mask[kMaxRows];  // the same as a set
-  // Input `back` + 1 positions before the node: a row of this pass, or -1: none, or -2 - r: row r of
-  // the conv store.
+  uint64_t path_mask[kMaxRows];      // the same as a set
+  // Input `back` + 1 positions before the node: a row of this pass, or -1: none, or -2 - r: row r
+  // of the conv store.
   int16_t taps[kMaxRows][kMaxTaps];
 };
 

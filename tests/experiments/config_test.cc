@@ -110,7 +110,9 @@ TEST(ConfigTest, OutOfRangeNamesKeyValueAndRange) {
            Case{"sampling.top_p = 0\n", "= 0", "1]"},
            Case{"draft.method = best\n", "= best", "topk, sampled"},
            Case{"run.baseline = maybe\n", "= maybe", "true or false"},
-           Case{"run.device = cuda\n", "= cuda", "cpu"},
+           Case{"run.device = gpu\n", "= gpu", "cpu, cuda or cuda:N"},
+           Case{"run.device = cuda:x\n", "= cuda:x", "cpu, cuda or cuda:N"},
+           Case{"run.dtype = f64\n", "= f64", "auto, bf16, f32"},
            Case{"tree.shape = chain:x\n", "tree.shape = chain:x", ""},
        }) {
     EXPECT_THAT(ErrorOf(c.text),

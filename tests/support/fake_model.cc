@@ -57,8 +57,9 @@ absl::StatusOr<std::unique_ptr<DecodeState>> FakeModel::NewState(
     const StateOptions& requested) const {
   StateOptions options = requested;
   if (options.max_positions == 0) options.max_positions = options_.max_positions;
-  auto state = std::make_unique<DecodeState>(this, options, std::make_unique<LayerStorage>(std::vector<LayerState>{}),
-                                             StateMemory{.total_bytes = 777});
+  auto state = std::make_unique<DecodeState>(
+      this, options, std::make_unique<LayerStorage>(std::vector<LayerState>{}),
+      StateMemory{.total_bytes = 777});
   prefixes_[state.get()].clear();
   computed_[state.get()].clear();
   return state;
