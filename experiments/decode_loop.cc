@@ -214,15 +214,17 @@ absl::Status DecodeLoop::Round(const DecodeRequest& request, int max_depth, Gene
   const TokenTree& tree = draft_.tree;
   timer.AddTo(&out->seconds.draft);
 
-  ASSIGN_OR_RETURN(const TargetScores scores, verifier_->Score(tree, *state_));
+  // All rules follow the greatest logit then.
+  const bool greedy = request.sampling.temperature == 0.0 && request.rule->name() != "recursive";
+  ASSIGN_OR_RETURN(const TargetScores scores, verifier_->Score(tree, *state_, greedy));
   timer.AddTo(&out->seconds.verify);
 
   const int64_t position = static_cast<int64_t>(tokens_.size()) - 1;
   RETURN_IF_ERROR(request.rule->Accept(draft_, scores, request.sampling, request.noise, position,
                                        scratch_, &accepted_));
   for (const NodeId node : accepted_.path) {
-    bool nan = false;
-    for (const float logit : std::span(scores.logits.row(node.value), scores.logits.columns)) {
+    bool nan = !scores.greatest.empty() && scores.greatest[node.value].value < 0;
+    for (const float logit : scores.greatest.empty() ? scores.row(node) : std::span<const float>()) {
       nan |= std::isnan(logit);
     }
     if (nan) {

@@ -9,9 +9,12 @@ namespace {
 absl::Status CheckInput(const DraftTree& draft, const TargetScores& scores,
                         const SamplingOptions& sampling) {
   RETURN_IF_ERROR(Validate(sampling));
-  RETURN_IF_ERROR(Validate(draft, scores.logits.columns));
-  if (scores.logits.rows < draft.tree.size()) {
-    return absl::InvalidArgumentError(absl::StrCat("acceptance: ", scores.logits.rows,
+  const int columns = scores.greatest.empty() ? scores.logits.columns : INT32_MAX;
+  const int rows =
+      scores.greatest.empty() ? scores.logits.rows : static_cast<int>(scores.greatest.size());
+  RETURN_IF_ERROR(Validate(draft, columns));
+  if (rows < draft.tree.size()) {
+    return absl::InvalidArgumentError(absl::StrCat("acceptance: ", rows,
                                                    " rows of target scores for ", draft.tree.size(),
                                                    " nodes; expected one a node"));
   }
@@ -43,7 +46,7 @@ class GreedyRule final : public AcceptanceRule {
                        sampling.temperature, "; use \"recursive\" or \"gumbel\" to sample"));
     }
     FollowTokens(
-        draft.tree, position, [&](NodeId node, int64_t) { return Argmax(scores.row(node)); }, out);
+        draft.tree, position, [&](NodeId node, int64_t) { return scores.Greatest(node); }, out);
     return absl::OkStatus();
   }
 };
@@ -78,7 +81,7 @@ class GumbelRule final : public AcceptanceRule {
     FollowTokens(
         draft.tree, position,
         [&](NodeId node, int64_t at) {
-          if (sampling.temperature == 0.0) return Argmax(scores.row(node));
+          if (sampling.temperature == 0.0) return scores.Greatest(node);
           Warp(scores.row(node), sampling, &scratch.residual);
           return GumbelArgmax(scratch.residual, noise, at);
         },

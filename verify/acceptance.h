@@ -24,10 +24,15 @@ namespace canopy {
 // The target's logits at every node of a tree: row i belongs to node i. A view; the rule may ask
 // for a node's distribution, which is made on demand.
 struct TargetScores {
-  ConstMatrix logits;  // [nodes, vocab] f32
+  ConstMatrix logits;  // [nodes, vocab] f32; empty where only the greatest were asked for
+  // The token with the greatest logit at every node, or empty; -1 where logits are not numbers.
+  std::span<const TokenId> greatest;
 
   std::span<const float> row(NodeId node) const {
     return {logits.row(node.value), static_cast<size_t>(logits.columns)};
+  }
+  TokenId Greatest(NodeId node) const {
+    return greatest.empty() ? Argmax(row(node)) : greatest[node.value];
   }
 };
 

@@ -22,7 +22,8 @@ absl::Status TreeVerifier::Prefill(std::span<const TokenId> prompt, DecodeState&
   return target_->Forward({&item, 1}, *workspace_).status();
 }
 
-absl::StatusOr<TargetScores> TreeVerifier::Score(const TokenTree& tree, DecodeState& state) {
+absl::StatusOr<TargetScores> TreeVerifier::Score(const TokenTree& tree, DecodeState& state,
+                                                 bool greatest_only) {
   if (tree.empty()) {
     return absl::InvalidArgumentError("tree verifier: the tree is empty; expected node 0 at least");
   }
@@ -35,9 +36,10 @@ absl::StatusOr<TargetScores> TreeVerifier::Score(const TokenTree& tree, DecodeSt
                          .tokens = tree.tokens(),
                          .parents = tree.parents(),
                          .logits = LogitsOf::kAll,
-                         .commit_chain = false};
+                         .commit_chain = false,
+                         .top = greatest_only && target_->info().prefers_top ? 1 : 0};
   ASSIGN_OR_RETURN(const ForwardResult result, target_->Forward({&item, 1}, *workspace_));
-  return TargetScores{result.logits};
+  return TargetScores{result.logits, result.top};
 }
 
 }  // namespace canopy

@@ -24,7 +24,10 @@ class TreeVerifier {
 
   // Scores every node of `tree` in one pass; the nodes stay pending in `state`, numbered as in the
   // tree. The state must have no pending nodes. Valid until the next call.
-  absl::StatusOr<TargetScores> Score(const TokenTree& tree, DecodeState& state);
+  // greatest_only: the rule needs no more than the greatest logit's token at every node, which
+  // spares a model with prefers_top the way of all logits to the host.
+  absl::StatusOr<TargetScores> Score(const TokenTree& tree, DecodeState& state,
+                                     bool greatest_only = false);
 
  private:
   TreeVerifier(const LanguageModel* target, std::unique_ptr<Workspace> workspace)

@@ -117,6 +117,10 @@ class SpecMaker {
 
 }  // namespace
 
+DecoderSpec MakeRandomSpec(CpuBackend& cpu, const RandomModelOptions& options) {
+  return SpecMaker(cpu, options).Make();
+}
+
 std::unique_ptr<LanguageModel> MakeRandomModel(CpuBackend& cpu, const RandomModelOptions& options) {
   absl::StatusOr<std::unique_ptr<LanguageModel>> model =
       MakeDecoder(cpu, SpecMaker(cpu, options).Make());

@@ -30,6 +30,9 @@ struct RandomModelOptions {
   uint64_t seed = 1;
 };
 
+// The spec alone, for other devices than the CPU.
+DecoderSpec MakeRandomSpec(CpuBackend& cpu, const RandomModelOptions& options);
+
 // Aborts if the spec is refused: the options are the test's.
 std::unique_ptr<LanguageModel> MakeRandomModel(CpuBackend& cpu, const RandomModelOptions& options);
 
