@@ -23,10 +23,10 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(int device) {
       return absl::NotFoundError(
           "device cuda: there is no NVIDIA driver on this machine; use the device cpu");
     }
-    return absl::FailedPreconditionError(absl::StrCat(
-        "device cuda: the driver is for CUDA ", driver / 1000, ".", driver % 1000 / 10,
-        ", and this program needs ", runtime / 1000, ".", runtime % 1000 / 10,
-        "; update the driver, or use the device cpu"));
+    return absl::FailedPreconditionError(
+        absl::StrCat("device cuda: the driver is for CUDA ", driver / 1000, ".", driver % 1000 / 10,
+                     ", and this program needs ", runtime / 1000, ".", runtime % 1000 / 10,
+                     "; update the driver, or use the device cpu"));
   }
   if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) {
     return absl::NotFoundError(

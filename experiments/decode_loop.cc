@@ -224,7 +224,8 @@ absl::Status DecodeLoop::Round(const DecodeRequest& request, int max_depth, Gene
                                        scratch_, &accepted_));
   for (const NodeId node : accepted_.path) {
     bool nan = !scores.greatest.empty() && scores.greatest[node.value].value < 0;
-    for (const float logit : scores.greatest.empty() ? scores.row(node) : std::span<const float>()) {
+    for (const float logit :
+         scores.greatest.empty() ? scores.row(node) : std::span<const float>()) {
       nan |= std::isnan(logit);
     }
     if (nan) {

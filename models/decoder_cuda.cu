@@ -1,5 +1,3 @@
-#include "models/decoder_cuda.h"
-
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -9,6 +7,7 @@
 #include <span>
 #include <utility>
 
+#include "models/decoder_cuda.h"
 #include "models/forward_check.h"
 #include "models/pass_kernel.cuh"
 #include "verify/tree_plan.h"
@@ -65,9 +64,7 @@ struct Columns {
   int width() const { return count / groups; }
   int padded_width() const { return cuda::PadTo16(width()); }
   int k_steps() const { return groups * padded_width() / 16; }
-  int Place(int column) const {
-    return column / width() * padded_width() + column % width();
-  }
+  int Place(int column) const { return column / width() * padded_width() + column % width(); }
 };
 
 template <typename T>
@@ -259,8 +256,7 @@ class CudaDecoder final : public CudaModel {
 };
 
 template <typename T>
-cuda::MatmulOp CudaDecoder<T>::Plan(int m_blocks, const Columns& columns,
-                                    int most_splits) const {
+cuda::MatmulOp CudaDecoder<T>::Plan(int m_blocks, const Columns& columns, int most_splits) const {
   const int blocks = cuda_.multiprocessors();
   cuda::MatmulOp best;
   double best_cost = 0.0;
@@ -351,7 +347,8 @@ absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
     result.parts.push_back({part, first * 16});
     done_elements += part_elements;
   }
-  partial_floats_ = std::max(partial_floats_, static_cast<size_t>(result.splits) * kMaxRows * result.ld);
+  partial_floats_ =
+      std::max(partial_floats_, static_cast<size_t>(result.splits) * kMaxRows * result.ld);
   return result;
 }
 
@@ -422,10 +419,9 @@ absl::Status CudaDecoder<T>::Prepare() {
     folds.push_back({});
     if (auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
       if (attention->head_dim > cuda::kMaxHeadDim) {
-        return absl::UnimplementedError(absl::StrCat("layer ", index, ": heads of ",
-                                                     attention->head_dim,
-                                                     " columns; the CUDA kernels have at most ",
-                                                     cuda::kMaxHeadDim));
+        return absl::UnimplementedError(
+            absl::StrCat("layer ", index, ": heads of ", attention->head_dim,
+                         " columns; the CUDA kernels have at most ", cuda::kMaxHeadDim));
       }
       const Columns out{attention->heads * attention->head_dim, 1};
       ASSIGN_OR_RETURN(layer.in, Upload(attention->qkv, hidden_columns));
@@ -457,7 +453,8 @@ absl::Status CudaDecoder<T>::Prepare() {
       const int squares = scan.heads * scan.slices * (scan.slice / 16);
       if (has_ssd_ && (squares != scan_squares_ || scan.taps != taps_)) {
         return absl::UnimplementedError(
-            absl::StrCat("layer ", index, ": its SSD mixer has other sizes than those before it, "
+            absl::StrCat("layer ", index,
+                         ": its SSD mixer has other sizes than those before it, "
                          "which the CUDA kernels do not have; use the device cpu"));
       }
       has_ssd_ = true;
@@ -582,8 +579,8 @@ absl::StatusOr<std::unique_ptr<DecodeState>> CudaDecoder<T>::NewState(
       pieces.Add(&store.l, size_t{1} * rows * ssd.heads);
       pieces.Add(&store.conv, size_t{1} * (scan.taps + pending) * ssd.channels());
       storage->checkpoint_bytes[i] = floats * sizeof(float);
-      const size_t row = ssd.inner() * sizeof(float) + b_columns * sizeof(T) +
-                         ssd.heads * sizeof(float);
+      const size_t row =
+          ssd.inner() * sizeof(float) + b_columns * sizeof(T) + ssd.heads * sizeof(float);
       const size_t conv_row = ssd.channels() * sizeof(float);
       memory.checkpoint_bytes += 2 * floats * sizeof(float) + scan.taps * conv_row;
       memory.ring_bytes += row * kRing;
@@ -602,13 +599,11 @@ absl::StatusOr<std::unique_ptr<DecodeState>> CudaDecoder<T>::NewState(
                    cuda_.Allocate(store_bytes + count * sizeof(cuda::CommitLayer<T>)));
   RETURN_IF_ERROR(cuda_.ToDevice(storage->tables.data(), storage->layers.data(), store_bytes));
   char* commit_at = storage->tables.template as<char>() + store_bytes;
-  RETURN_IF_ERROR(
-      cuda_.ToDevice(commit_at, commit.data(), count * sizeof(cuda::CommitLayer<T>)));
+  RETURN_IF_ERROR(cuda_.ToDevice(commit_at, commit.data(), count * sizeof(cuda::CommitLayer<T>)));
   storage->commit = reinterpret_cast<const cuda::CommitLayer<T>*>(commit_at);
   if (attention_floats > 0) {
     const int64_t blocks = (int64_t{options.max_positions} + kMaxRows) / cuda::kKeysPerBlock + 1;
-    ASSIGN_OR_RETURN(storage->attention,
-                     cuda_.Allocate(blocks * attention_floats * sizeof(float)));
+    ASSIGN_OR_RETURN(storage->attention, cuda_.Allocate(blocks * attention_floats * sizeof(float)));
   }
   memory.total_bytes = cuda_.memory().bytes_in_use - before;
   return std::make_unique<DecodeState>(this, options, std::move(storage), memory);
@@ -679,10 +674,20 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     cuda::RowNorm out_norm;
     if (const auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
       cuda::Op op;
-      op.attention = {static_cast<int>(i), attention->heads, attention->kv_heads,
-                      attention->head_dim, attention->scale, in, hidden_norm(block.norm.eps),
-                      layer.in_bias, layer.q_norm, layer.k_norm, attention->qk_norm_eps,
-                      layer.inv_freq, 2 * static_cast<int>(attention->rope_inv_freq.size()), at.q,
+      op.attention = {static_cast<int>(i),
+                      attention->heads,
+                      attention->kv_heads,
+                      attention->head_dim,
+                      attention->scale,
+                      in,
+                      hidden_norm(block.norm.eps),
+                      layer.in_bias,
+                      layer.q_norm,
+                      layer.k_norm,
+                      attention->qk_norm_eps,
+                      layer.inv_freq,
+                      2 * static_cast<int>(attention->rope_inv_freq.size()),
+                      at.q,
                       at.act_mixed[bucket]};
       for (const cuda::OpKind kind : {cuda::OpKind::kAttentionInputs, cuda::OpKind::kAttendBlocks,
                                       cuda::OpKind::kCombineBlocks}) {
@@ -725,7 +730,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   for (int stage : {0, 1}) {
     cuda::Op op;
     op.kind = cuda::OpKind::kSelect;
-    op.select = {ws.logits, head_.ld, spec_.info.vocab_size, stage, at.select_values,
+    op.select = {ws.logits,        head_.ld,   spec_.info.vocab_size, stage, at.select_values,
                  at.select_tokens, ws.selected};
     ops.push_back(op);
   }
@@ -767,8 +772,8 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
   return ws;
 }
 
-// `chain`: `tokens` stand behind the prefix, as pending nodes 0, 1, ... that the state does not know
-// of; otherwise they are its pending nodes from first_pending on.
+// `chain`: `tokens` stand behind the prefix, as pending nodes 0, 1, ... that the state does not
+// know of; otherwise they are its pending nodes from first_pending on.
 template <typename T>
 absl::Status CudaDecoder<T>::FillNodes(DecodeState& state, int rows, int first_pending, bool chain,
                                        int top, std::span<const TokenId> tokens, CudaWorkspace& ws,
@@ -836,8 +841,8 @@ absl::Status CudaDecoder<T>::RunPass(DecodeState& state, std::span<const TokenId
   // The copy from this place kInFlight passes ago is long done, unless the host is far ahead.
   if (slot == 0) RETURN_IF_ERROR(cuda_.Synchronize());
   ws.next_nodes = (slot + 1) % kInFlight;
-  RETURN_IF_ERROR(FillNodes(state, rows, first_pending, chain, top, tokens, ws,
-                            &ws.nodes_host[slot]));
+  RETURN_IF_ERROR(
+      FillNodes(state, rows, first_pending, chain, top, tokens, ws, &ws.nodes_host[slot]));
   RETURN_IF_CUDA_ERROR(
       cudaMemcpyAsync(ws.nodes + slot, ws.nodes_host + slot, sizeof(cuda::PassNodes),
                       cudaMemcpyHostToDevice, cuda_.stream()),
@@ -917,12 +922,11 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
         }
       }
     } else {
-      RETURN_IF_CUDA_ERROR(
-          cudaMemcpy2DAsync(ws.logits_host + row * stride, stride * sizeof(float),
-                            ws.logits + static_cast<int64_t>(from) * ws.logits_ld,
-                            ws.logits_ld * sizeof(float), vocab * sizeof(float), count,
-                            cudaMemcpyDeviceToHost, cuda_.stream()),
-          "copying logits from the device");
+      RETURN_IF_CUDA_ERROR(cudaMemcpy2DAsync(ws.logits_host + row * stride, stride * sizeof(float),
+                                             ws.logits + static_cast<int64_t>(from) * ws.logits_ld,
+                                             ws.logits_ld * sizeof(float), vocab * sizeof(float),
+                                             count, cudaMemcpyDeviceToHost, cuda_.stream()),
+                           "copying logits from the device");
     }
     row += count;
     return absl::OkStatus();
@@ -948,8 +952,8 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
       const int part = std::min({count - done, room, max_rows_});
       const bool last = done + part == count;
       const bool head = item.logits == LogitsOf::kAll || (item.logits == LogitsOf::kLast && last);
-      RETURN_IF_ERROR(RunPass(state, item.tokens.subspan(done, part), 0, /*chain=*/true, head, top,
-                              ws));
+      RETURN_IF_ERROR(
+          RunPass(state, item.tokens.subspan(done, part), 0, /*chain=*/true, head, top, ws));
       if (item.logits == LogitsOf::kAll) RETURN_IF_ERROR(take(0, part));
       if (item.logits == LogitsOf::kLast && last) RETURN_IF_ERROR(take(part - 1, 1));
       cuda::CommitPath path;
@@ -1003,7 +1007,8 @@ size_t CudaDecoder<T>::PassBytes(int nodes, int context) const {
   size_t bytes = stream_bytes_ + size_t{1} * nodes * spec_.info.hidden_size * sizeof(T);
   for (size_t i = 0; i < layers_.size(); ++i) {
     if (const auto* attention = std::get_if<AttentionSpec>(&spec_.blocks[i].mixer)) {
-      bytes += size_t{2} * attention->kv_heads * attention->head_dim * sizeof(T) * (context + nodes);
+      bytes +=
+          size_t{2} * attention->kv_heads * attention->head_dim * sizeof(T) * (context + nodes);
     } else {
       const SsdSpec& ssd = std::get<SsdSpec>(spec_.blocks[i].mixer);
       const int64_t checkpoint = CheckpointFor(context);
@@ -1029,10 +1034,9 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::Repeat(Workspace& workspace,
   for (int i = 0; i < repetitions; ++i) {
     cuda::PassArguments arguments = ws.last;
     arguments.counter_base = ws.counter_base;
-    RETURN_IF_CUDA_ERROR(
-        cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
-                            cuda_.shared_bytes(), arguments, cuda_.stream()),
-        "launching a pass");
+    RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
+                                             cuda_.shared_bytes(), arguments, cuda_.stream()),
+                         "launching a pass");
     ws.counter_base += static_cast<uint32_t>(barriers) * cuda_.multiprocessors();
     RETURN_IF_CUDA_ERROR(cudaEventRecord(events[i + 1], cuda_.stream()), "recording an event");
   }
@@ -1058,10 +1062,9 @@ absl::StatusOr<std::vector<OperatorTime>> CudaDecoder<T>::Breakdown(Workspace& w
   const std::vector<cuda::Op>& ops = ws.host_ops[ws.last_bucket];
   int barriers = 0;
   for (int i = 0; i < arguments.op_count; ++i) barriers += ops[i].barrier;
-  RETURN_IF_CUDA_ERROR(
-      cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
-                          cuda_.shared_bytes(), arguments, cuda_.stream()),
-      "launching a pass");
+  RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
+                                           cuda_.shared_bytes(), arguments, cuda_.stream()),
+                       "launching a pass");
   ws.counter_base += static_cast<uint32_t>(barriers) * cuda_.multiprocessors();
   std::vector<int64_t> clocks(arguments.op_count + 1);
   RETURN_IF_ERROR(cuda_.ToHost(clocks.data(), ws.clocks, clocks.size() * sizeof(int64_t)));
@@ -1106,8 +1109,8 @@ std::vector<std::pair<std::pair<int, int>, int>> CudaDecoder<T>::Products() cons
   const std::vector<Product> all = AllProducts();
   for (size_t i = 0; i < all.size(); ++i) {
     const std::pair<int, int> shape = {all[i].out, all[i].in};
-    const bool known = std::any_of(shapes.begin(), shapes.end(),
-                                   [&](const auto& s) { return s.first == shape; });
+    const bool known =
+        std::any_of(shapes.begin(), shapes.end(), [&](const auto& s) { return s.first == shape; });
     if (!known) shapes.push_back({shape, static_cast<int>(i)});
   }
   return shapes;
@@ -1136,8 +1139,8 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(int product, int
         op.kind = cuda::OpKind::kMatmul;
         op.barrier = &part == &p.matrix->parts.back();
         op.matmul = part.op;
-        op.matmul.act = p.in == spec_.info.hidden_size ? places.act_hidden[bucket]
-                                                       : places.act_mixed[bucket];
+        op.matmul.act =
+            p.in == spec_.info.hidden_size ? places.act_hidden[bucket] : places.act_mixed[bucket];
         op.matmul.out = (p.matrix == &head_ ? ws.logits : places.partials) + part.first_column;
         ops.push_back(op);
       }

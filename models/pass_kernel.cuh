@@ -26,8 +26,8 @@ enum class OpKind : int32_t {
 };
 inline constexpr int kOpKinds = 9;
 constexpr const char* Name(OpKind kind) {
-  constexpr const char* kNames[kOpKinds] = {"embed",   "matmul",   "scan",  "attention inputs",
-                                            "attend",  "combine",  "residual", "gated activation",
+  constexpr const char* kNames[kOpKinds] = {"embed",  "matmul",  "scan",     "attention inputs",
+                                            "attend", "combine", "residual", "gated activation",
                                             "select"};
   return kNames[static_cast<int>(kind)];
 }
@@ -68,8 +68,8 @@ struct SharedLayout {
 
 // rows: of the bucket, 8, 16, 32 or 64. shared_bytes: all that a block may have.
 template <typename T>
-cudaError_t LaunchPass(int bucket_rows, int blocks, int shared_bytes, const PassArguments& arguments,
-                       cudaStream_t stream);
+cudaError_t LaunchPass(int bucket_rows, int blocks, int shared_bytes,
+                       const PassArguments& arguments, cudaStream_t stream);
 template <typename T>
 cudaError_t PreparePass(int shared_bytes);
 template <typename T>

@@ -27,7 +27,7 @@ __device__ inline void Consume(const PassArguments& arguments, Ring& ring, const
   };
   load_op(0);
   keep_op();
-  NamedBarrier(1, kConsumers);
+  SyncThreads<kConsumers>();
   uint32_t barrier = arguments.counter_base;
   if (arguments.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     arguments.clocks[0] = clock64();
@@ -75,7 +75,7 @@ __device__ inline void Consume(const PassArguments& arguments, Ring& ring, const
     if (grid_barrier) {
       // What this thread wrote is read by bulk copies of other blocks, too.
       FenceProxyAsync();
-      NamedBarrier(1, kConsumers);
+      SyncThreads<kConsumers>();
       if (threadIdx.x == 0) {
         AddRelease(arguments.counter, 1);
         barrier += gridDim.x;
@@ -84,14 +84,14 @@ __device__ inline void Consume(const PassArguments& arguments, Ring& ring, const
         FenceProxyAsync();
       }
     } else {
-      NamedBarrier(1, kConsumers);
+      SyncThreads<kConsumers>();
     }
     if (threadIdx.x == 0) {
       StoreReleaseShared(finished, i + 1);
       if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
     }
     keep_op();
-    NamedBarrier(1, kConsumers);
+    SyncThreads<kConsumers>();
   }
 }
 
@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
     FenceProxyAsync();
   }
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(PassNodes) / 4); i += kBlockThreads) {
-    reinterpret_cast<uint32_t*>(nodes)[i] = __ldcg(reinterpret_cast<const uint32_t*>(arguments.nodes) + i);
+    reinterpret_cast<uint32_t*>(nodes)[i] =
+        __ldcg(reinterpret_cast<const uint32_t*>(arguments.nodes) + i);
   }
   __syncthreads();
 
@@ -162,8 +163,8 @@ cudaError_t Launch(int blocks, int shared_bytes, PassArguments arguments, cudaSt
 }
 
 template <typename T>
-cudaError_t LaunchPass(int bucket_rows, int blocks, int shared_bytes, const PassArguments& arguments,
-                       cudaStream_t stream) {
+cudaError_t LaunchPass(int bucket_rows, int blocks, int shared_bytes,
+                       const PassArguments& arguments, cudaStream_t stream) {
   switch (bucket_rows) {
     case 8:
       return Launch<T, 1>(blocks, shared_bytes, arguments, stream);
@@ -180,10 +181,10 @@ cudaError_t LaunchPass(int bucket_rows, int blocks, int shared_bytes, const Pass
 
 template <typename T>
 cudaError_t PreparePass(int shared_bytes) {
-  for (const void* kernel :
-       {reinterpret_cast<const void*>(PassKernel<T, 1>), reinterpret_cast<const void*>(PassKernel<T, 2>),
-        reinterpret_cast<const void*>(PassKernel<T, 4>),
-        reinterpret_cast<const void*>(PassKernel<T, 8>)}) {
+  for (const void* kernel : {reinterpret_cast<const void*>(PassKernel<T, 1>),
+                             reinterpret_cast<const void*>(PassKernel<T, 2>),
+                             reinterpret_cast<const void*>(PassKernel<T, 4>),
+                             reinterpret_cast<const void*>(PassKernel<T, 8>)}) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
@@ -206,11 +207,11 @@ cudaError_t LaunchFold(const CommitLayer<T>* layers, const FoldShape* shapes, in
   return cudaGetLastError();
 }
 
-#define CANOPY_INSTANTIATE_PASS(T)                                                               \
-  template cudaError_t LaunchPass<T>(int, int, int, const PassArguments&, cudaStream_t);         \
-  template cudaError_t PreparePass<T>(int);                                                      \
-  template cudaError_t LaunchCommit<T>(const CommitLayer<T>*, int, const CommitPath&,            \
-                                       cudaStream_t);                                            \
+#define CANOPY_INSTANTIATE_PASS(T)                                                                \
+  template cudaError_t LaunchPass<T>(int, int, int, const PassArguments&, cudaStream_t);          \
+  template cudaError_t PreparePass<T>(int);                                                       \
+  template cudaError_t LaunchCommit<T>(const CommitLayer<T>*, int, const CommitPath&,             \
+                                       cudaStream_t);                                             \
   template cudaError_t LaunchFold<T>(const CommitLayer<T>*, const FoldShape*, int, int, int, int, \
                                      cudaStream_t)
 

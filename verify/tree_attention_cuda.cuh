@@ -3,8 +3,8 @@
 // head to a block of keys, and the blocks' combination into the output projection's input.
 //
 // Keys are taken in chunks of 32 and blocks of kKeysPerBlock at fixed absolute positions, wherever
-// their rows lie: so a node's bits depend on its path alone. Within a chunk probabilities are summed
-// in one fixed tree and values in position order.
+// their rows lie: so a node's bits depend on its path alone. Within a chunk probabilities are
+// summed in one fixed tree and values in position order.
 
 #ifndef CANOPY_VERIFY_TREE_ATTENTION_CUDA_CUH_
 #define CANOPY_VERIFY_TREE_ATTENTION_CUDA_CUH_
@@ -42,13 +42,13 @@ struct AttentionOp {
 
 namespace canopy::cuda {
 
-
 // One warp a row and head. `work`: [kMaxRows] factors, then [kConsumerWarps][kMaxHeadDim].
 template <typename T>
-__device__ __noinline__ void AttentionInputs(const AttentionOp& op, const PassNodes& nodes, float* work) {
+__device__ __noinline__ void AttentionInputs(const AttentionOp& op, const PassNodes& nodes,
+                                             float* work) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   RowFactors(op.norm, nodes.rows, work);
-  NamedBarrier(1, kConsumers);
+  SyncThreads<kConsumers>();
   float* head_values = work + kMaxRows + warp * kMaxHeadDim;
   const LayerStore<T>& store = static_cast<const LayerStore<T>*>(nodes.layers)[op.layer];
   const int all_heads = op.heads + 2 * op.kv_heads;
@@ -138,7 +138,8 @@ __device__ inline float DotKey(const float* q, const T* key, int head_dim) {
 // One warp a row, head and block of keys. kDimsPerLane: of heads of up to 32 times as many.
 // A function of its own, so that its many registers are not the whole kernel's.
 template <typename T, int kDimsPerLane>
-__device__ __noinline__ void AttendBlocks(const AttentionOp& op, const PassNodes& nodes, float* work) {
+__device__ __noinline__ void AttendBlocks(const AttentionOp& op, const PassNodes& nodes,
+                                          float* work) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* q = work + warp * kMaxHeadDim;
   const LayerStore<T>& store = static_cast<const LayerStore<T>*>(nodes.layers)[op.layer];
@@ -156,7 +157,8 @@ __device__ __noinline__ void AttendBlocks(const AttentionOp& op, const PassNodes
     __syncwarp();
 #pragma unroll 1
     for (int d = lane; d < op.head_dim; d += 32) {
-      q[d] = op.scale * __ldcg(op.q + (static_cast<int64_t>(row) * op.heads + head) * op.head_dim + d);
+      q[d] =
+          op.scale * __ldcg(op.q + (static_cast<int64_t>(row) * op.heads + head) * op.head_dim + d);
     }
     __syncwarp();
     float most = -INFINITY, total = 0.0f;
@@ -229,7 +231,7 @@ __device__ __noinline__ void AttendBlocks(const AttentionOp& op, const PassNodes
 // One warp a row and head: its blocks, in order.
 template <typename T>
 __device__ __noinline__ void CombineBlocks(const AttentionOp& op, const PassNodes& nodes,
-                                     int bucket_rows) {
+                                           int bucket_rows) {
   constexpr int kDimsPerLane = kMaxHeadDim / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -259,7 +261,8 @@ __device__ __noinline__ void CombineBlocks(const AttentionOp& op, const PassNode
       const int d = i * 32 + lane;
       if (d >= op.head_dim) continue;
       const int column = head * op.head_dim + d;
-      T* to = static_cast<T*>(op.act) + (static_cast<int64_t>(column / 16) * bucket_rows + row) * 16 +
+      T* to = static_cast<T*>(op.act) +
+              (static_cast<int64_t>(column / 16) * bucket_rows + row) * 16 +
               ActivationSlot(column % 16);
       *to = FromFloat<T>(sums[i] / total);
     }

@@ -2,11 +2,11 @@
 // convolution along ancestors, activation, dt, log decays, scores, state term, path sum, D skip,
 // gate and the gated norm's weights. Formulas and exactness as in verify/tree_scan.h.
 //
-// A block takes a slice of a head: a few of its dimensions ("p") for all nodes of the pass. B, C and
-// scores are made again by every slice, which is cheaper than a barrier of the grid. Products whose
-// sum does not run over positions (C . B over the state, S C) are tensor core products of operands
-// that hold every f32 bit; the sum over a path is one chain of fused multiply-adds in path order.
-// The checkpoint is read once and nothing of it is written.
+// A block takes a slice of a head: a few of its dimensions ("p") for all nodes of the pass. B, C
+// and scores are made again by every slice, which is cheaper than a barrier of the grid. Products
+// whose sum does not run over positions (C . B over the state, S C) are tensor core products of
+// operands that hold every f32 bit; the sum over a path is one chain of fused multiply-adds in path
+// order. The checkpoint is read once and nothing of it is written.
 //
 // Checkpoints S are stored as the tensor cores' first operand: blocks [p / 16][n / 16] of 256 f32,
 // see StateElement.
@@ -33,8 +33,8 @@ struct ScanOp {
   const float* in_bias = nullptr;
   const float* conv_weight = nullptr;  // [taps + 1][conv_stride]
   int conv_stride = 0;
-  const float* conv_bias = nullptr;    // [channels]
-  const float* a = nullptr;            // [heads]
+  const float* conv_bias = nullptr;  // [channels]
+  const float* a = nullptr;          // [heads]
   const float* d = nullptr;
   const float* dt_bias = nullptr;
   float dt_min = 0.0f;
@@ -114,8 +114,8 @@ struct SliceChannels {
 };
 
 template <typename T, int kRowTiles>
-__device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes, int head, int slice,
-                                 char* work) {
+__device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes, int head,
+                                       int slice, char* work) {
   constexpr int kRows = 8 * kRowTiles;
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const LayerStore<T>& store = static_cast<const LayerStore<T>*>(nodes.layers)[op.layer];
@@ -194,7 +194,7 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
     decay[r] = store.l[static_cast<int64_t>(r) * op.heads + head];
   }
   RowFactors(op.norm, rows, factor);
-  NamedBarrier(1, kConsumers);
+  SyncThreads<kConsumers>();
   if (tid < rows) {
     raw_dt *= factor[tid];
     if (op.in_bias != nullptr) raw_dt += op.in_bias[inner + channels + head];
@@ -210,7 +210,7 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
 #pragma unroll 1
   for (int begin = 0; begin < own.count(); begin += layout.chunk) {
     const int count = min(layout.chunk, own.count() - begin);
-    if (begin > 0) NamedBarrier(1, kConsumers);  // raw is free
+    if (begin > 0) SyncThreads<kConsumers>();  // raw is free
     if (quads) {
       // Four channels a load, four splits at a time.
       const int row_quads = count / 4;
@@ -264,44 +264,52 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
         }
       }
     }
-    NamedBarrier(1, kConsumers);
+    SyncThreads<kConsumers>();
+    // A thread has one channel, so that its weights are read once, and every `step`-th row.
+    const int step = max(1, kConsumers / count);
 #pragma unroll 1
-    for (int i = tid; i < rows * count; i += kConsumers) {
-      const int row = i / count, k = begin + i % count;
+    for (int at = tid; at < step * count; at += kConsumers) {
+      const int first_row = at / count, k = begin + at % count;
       const int channel = own.Channel(k);
       const float* raw_column = raw + (k - begin);
       const float* conv_column = store.conv + channel;
-      const float* weight = op.conv_weight + channel;
-      float sum = op.conv_bias[channel];
-      // Three inputs on their way at a time: a kernel of four has no more.
-#pragma unroll 1
-      for (int far = op.taps; far > 0; far -= 3) {
-        float inputs[3], taps[3];
+      const float bias = op.conv_bias[channel];
+      float tap_weights[kMaxTaps + 1];
 #pragma unroll
-        for (int m = 0; m < 3; ++m) {
-          if (far - m < 1) continue;
-          const int tap = nodes.taps[row][far - m - 1];
-          const float* from = tap >= 0 ? raw_column + tap * layout.chunk
-                                       : conv_column + static_cast<int64_t>(-2 - tap) * channels;
-          inputs[m] = tap == -1 ? 0.0f : *from;
-          taps[m] = tap == -1 ? 0.0f : weight[(op.taps - far + m) * op.conv_stride];
-        }
-#pragma unroll
-        for (int m = 0; m < 3; ++m) {
-          if (far - m >= 1) sum = fmaf(taps[m], inputs[m], sum);
+      for (int m = 0; m <= kMaxTaps; ++m) {  // m positions before the node
+        if (m <= op.taps) {
+          tap_weights[m] = op.conv_weight[(op.taps - m) * op.conv_stride + channel];
         }
       }
-      sum = fmaf(weight[op.taps * op.conv_stride], raw_column[row * layout.chunk], sum);
-      const T value = FromFloat<T>(Silu(sum));
-      if (k < dims) {
-        x[row * op.slice + k] = value;
-      } else if (k < dims + op.d_state) {
-        b[row * c_stride + k - dims] = value;
-        if (first_of_group) {
-          store.b[(static_cast<int64_t>(new_rows + row) * op.groups + group) * ds + k - dims] = value;
+#pragma unroll 1
+      for (int row = first_row; row < rows; row += step) {
+        float inputs[kMaxTaps];
+#pragma unroll
+        for (int m = 1; m <= kMaxTaps; ++m) {
+          if (m > op.taps) continue;
+          const int tap = nodes.taps[row][m - 1];
+          inputs[m - 1] = tap >= 0    ? raw_column[tap * layout.chunk]
+                          : tap == -1 ? 0.0f
+                                      : conv_column[static_cast<int64_t>(-2 - tap) * channels];
         }
-      } else {
-        c[row * c_stride + k - dims - op.d_state] = value;
+        float sum = bias;
+#pragma unroll
+        for (int m = kMaxTaps; m > 0; --m) {
+          if (m <= op.taps) sum = fmaf(tap_weights[m], inputs[m - 1], sum);
+        }
+        sum = fmaf(tap_weights[0], raw_column[row * layout.chunk], sum);
+        const T value = FromFloat<T>(Silu(sum));
+        if (k < dims) {
+          x[row * op.slice + k] = value;
+        } else if (k < dims + op.d_state) {
+          b[row * c_stride + k - dims] = value;
+          if (first_of_group) {
+            store.b[(static_cast<int64_t>(new_rows + row) * op.groups + group) * ds + k - dims] =
+                value;
+          }
+        } else {
+          c[row * c_stride + k - dims - op.d_state] = value;
+        }
       }
     }
   }
@@ -332,7 +340,7 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
     decay[new_rows + row] = l;
   }
   CopiesWait();
-  NamedBarrier(1, kConsumers);
+  SyncThreads<kConsumers>();
 
   // Scores C_i . B_j into weights[i][position of j - checkpoint of i]; eight stored rows a turn.
   constexpr int kRowBlocks = (kRows + 15) / 16;
@@ -395,50 +403,16 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
       }
     }
   }
-  NamedBarrier(1, kConsumers);
+  SyncThreads<kConsumers>();
 
-  // z of what this thread will write, asked for now.
   const int node_step = kConsumerWarps / p_tiles;
   constexpr int kMost = kRowTiles < 4 ? kRowTiles : 4;  // node tiles of a warp: slice <= 64
   const int p0 = p_tile * 16 + lane / 4;
-  float z[kMost][2][2] = {};
-#pragma unroll
-  for (int k = 0; k < kMost; ++k) {
-    const int tile = warp / p_tiles + k * node_step;
-    if (tile >= kRowTiles) break;
-#pragma unroll 1
-    for (int split = 0; split < op.partials.splits; split += 4) {
-      float v[4][2][2];
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = tile * 8 + lane % 4 * 2 + e / 2, p = p0 + 8 * (e % 2);
-          if (split + n < op.partials.splits && row < rows && p < dims) {
-            v[n][e / 2][e % 2] =
-                __ldcg(op.partials.data +
-                       (static_cast<int64_t>(split + n) * kMaxRows + row) * op.partials.ld + first_x + p);
-          }
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = tile * 8 + lane % 4 * 2 + e / 2, p = p0 + 8 * (e % 2);
-          if (split + n < op.partials.splits && row < rows && p < dims) {
-            z[k][e / 2][e % 2] += v[n][e / 2][e % 2];
-          }
-        }
-      }
-    }
-  }
 
   // weights = exp(difference of log decays) * score. Across the segment boundary the first
   // segment's rest and the node's own part are added.
   const auto stored_row = [&](int row, int position) {
-    return position < nodes.prefix ? position % 64
-                                   : 64 + nodes.path[row][position - nodes.prefix];
+    return position < nodes.prefix ? position % 64 : 64 + nodes.path[row][position - nodes.prefix];
   };
 #pragma unroll 1
   for (int i = tid; i < rows * 64; i += kConsumers) {
@@ -527,7 +501,7 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
       y[k][2 + half] *= state_decay;
     }
   }
-  NamedBarrier(1, kConsumers);  // C and B are used up, the weights are there
+  SyncThreads<kConsumers>();  // C and B are used up, the weights are there
 
   // u of pending rows, and of the new ones into the store.
 #pragma unroll 1
@@ -544,10 +518,10 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
       pending_u[i] = store.u[at];
     }
   }
-  NamedBarrier(1, kConsumers);
+  SyncThreads<kConsumers>();
   if (!has_tile) return;
 
-  // The path sum: first the prefix's positions, which all nodes share, then each node's own.
+    // The path sum: first the prefix's positions, which all nodes share, then each node's own.
 #pragma unroll 4
   for (int position = nodes.first_checkpoint; position < nodes.prefix; ++position) {
     const float* from = ring_u + position % 64 * op.slice + p0;
@@ -564,59 +538,95 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
       }
     }
   }
+  // The rest of the path, skip, gate and the norm's weights. A loop that is not unrolled:
+  // instructions come from memory, too.
   const float skip = op.d[head];
   const int group_width = inner / op.norm_groups;
+  int64_t placed[2];
+  float norm_weight[2], gate_bias[2];
 #pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const int column = first_x + min(p0 + 8 * part, dims - 1);
+    const int place = column / group_width * op.group_columns + column % group_width;
+    placed[part] = static_cast<int64_t>(place / 16) * kRows * 16 + ActivationSlot(place % 16);
+    norm_weight[part] = op.norm_weight[column];
+    gate_bias[part] = op.in_bias != nullptr ? op.in_bias[column] : 0.0f;
+  }
+#pragma unroll 1
   for (int k = 0; k < kMost; ++k) {
     const int tile = warp / p_tiles + k * node_step;
-    if (tile >= kRowTiles) break;
-    float squares[2] = {0.0f, 0.0f};
+    if (tile >= kRowTiles || tile * 8 >= rows) break;
+    float yk[4] = {};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = tile * 8 + lane % 4 * 2 + half;
-      if (row >= rows) continue;
-      float y0 = y[k][half], y1 = y[k][2 + half];
+    for (int other = 0; other < kMost; ++other) {
+      if (other != k) continue;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) yk[e] = y[other][e];
+    }
+    float z[4] = {};
 #pragma unroll 1
-      for (int position = max(nodes.prefix, starts[k][half]); position <= nodes.position[row];
-           ++position) {
-        const float* from = pending_u + nodes.path[row][position - nodes.prefix] * op.slice + p0;
-        const float weight = w[k][half][position];
-        y0 = fmaf(weight, from[0], y0);
-        y1 = fmaf(weight, from[8], y1);
+    for (int split = 0; split < op.partials.splits; split += 4) {
+      float v[4][4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = tile * 8 + lane % 4 * 2 + e % 2, p = p0 + e / 2 * 8;
+          if (split + n < op.partials.splits && row < rows && p < dims) {
+            v[n][e] = __ldcg(op.partials.data +
+                             (static_cast<int64_t>(split + n) * kMaxRows + row) * op.partials.ld +
+                             first_x + p);
+          }
+        }
       }
 #pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        const int p = p0 + 8 * part;
-        if (p >= dims) continue;
-        float value = fmaf(skip, ToFloat(x[row * op.slice + p]), part == 0 ? y0 : y1);
-        const int column = first_x + p;
-        float gate = factor[row] * z[k][half][part];
-        if (op.in_bias != nullptr) gate += op.in_bias[column];
-        value *= Silu(gate);
-        squares[half] = fmaf(value, value, squares[half]);
-        const int placed = column / group_width * op.group_columns + column % group_width;
-        T* to = static_cast<T*>(op.act) + (static_cast<int64_t>(placed / 16) * kRows + row) * 16 +
-                ActivationSlot(placed % 16);
-        *to = FromFloat<T>(value * op.norm_weight[column]);
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = tile * 8 + lane % 4 * 2 + e % 2, p = p0 + e / 2 * 8;
+          if (split + n < op.partials.splits && row < rows && p < dims) z[e] += v[n][e];
+        }
       }
     }
-    // Over the 8 lanes that hold a row's dimensions.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = squares[half];
-#pragma unroll 1
-      for (int other = 4; other < 32; other *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
       const int row = tile * 8 + lane % 4 * 2 + half;
+      float squares = 0.0f;
+      if (row < rows) {
+        const int start = nodes.checkpoint[row], t = nodes.position[row];
+        const float* weight = weights + row * kWeightStride - start;
+#pragma unroll 1
+        for (int position = max(nodes.prefix, start); position <= t; ++position) {
+          const float* from = pending_u + nodes.path[row][position - nodes.prefix] * op.slice + p0;
+          yk[half] = fmaf(weight[position], from[0], yk[half]);
+          yk[2 + half] = fmaf(weight[position], from[8], yk[2 + half]);
+        }
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          const int p = p0 + 8 * part;
+          if (p >= dims) continue;
+          float value = fmaf(skip, ToFloat(x[row * op.slice + p]), yk[part * 2 + half]);
+          value *= Silu(fmaf(factor[row], z[part * 2 + half], gate_bias[part]));
+          squares = fmaf(value, value, squares);
+          static_cast<T*>(op.act)[placed[part] + row * 16] =
+              FromFloat<T>(value * norm_weight[part]);
+        }
+      }
+      // Over the 8 lanes that hold a row's dimensions.
+#pragma unroll
+      for (int other = 4; other < 32; other *= 2) {
+        squares += __shfl_xor_sync(0xffffffffu, squares, other);
+      }
       if (lane / 4 == 0 && row < rows) {
         op.squares[(static_cast<int64_t>(row) * op.heads + head) * (op.slices * p_tiles) +
-                   slice * p_tiles + p_tile] = sum;
+                   slice * p_tiles + p_tile] = squares;
       }
     }
   }
 }
 
-// One warp: brings what a block's slices read of earlier passes and of weights into the cache, while
-// the product before them runs.
+// One warp: brings what a block's slices read of earlier passes and of weights into the cache,
+// while the product before them runs.
 template <typename T>
 __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes) {
   const int lane = threadIdx.x % 32;
@@ -686,7 +696,7 @@ __device__ inline void Scan(const ScanOp& op, const PassNodes& nodes, char* work
   const int tasks = op.heads * op.slices;
 #pragma unroll 1
   for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
-    NamedBarrier(1, kConsumers);
+    SyncThreads<kConsumers>();
     ScanSlice<T, kRowTiles>(op, nodes, task / op.slices, task % op.slices, work);
   }
 }
@@ -764,7 +774,8 @@ __global__ void FoldKernel(const CommitLayer<T>* layers, const FoldShape* shapes
     const int k = i / padded, p = i % padded;
     float value = 0.0f;
     if (p < shape.head_dim) {
-      value = store.u[static_cast<int64_t>(first + k) * layer.u_columns + head * shape.head_dim + p];
+      value =
+          store.u[static_cast<int64_t>(first + k) * layer.u_columns + head * shape.head_dim + p];
     }
     u[i] = expf(last - decay(k)) * value;
   }
@@ -774,7 +785,8 @@ __global__ void FoldKernel(const CommitLayer<T>* layers, const FoldShape* shapes
     b[i] = ToFloat(store.b[(static_cast<int64_t>(first + k) * shape.groups + group) * ds + n]);
   }
   __syncthreads();
-  const float* from = store.checkpoints[segment / 32 % 2] + static_cast<int64_t>(head) * padded * ds;
+  const float* from =
+      store.checkpoints[segment / 32 % 2] + static_cast<int64_t>(head) * padded * ds;
   float* to = store.checkpoints[(segment / 32 + 1) % 2] + static_cast<int64_t>(head) * padded * ds;
   const float state_decay = expf(last);
 #pragma unroll 1

@@ -1,11 +1,11 @@
-#include "core/cuda/ceilings.h"
-
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <dlfcn.h>
 
 #include <algorithm>
 #include <vector>
+
+#include "core/cuda/ceilings.h"
 
 namespace canopy {
 namespace {
@@ -19,7 +19,8 @@ __global__ void FillKernel(uint32_t* data, int64_t count) {
   }
 }
 
-__global__ void __launch_bounds__(512) ReadKernel(const uint4* data, int64_t count, uint32_t* sink) {
+__global__ void __launch_bounds__(512)
+    ReadKernel(const uint4* data, int64_t count, uint32_t* sink) {
   uint32_t sum = 0;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
@@ -85,7 +86,8 @@ absl::StatusOr<double> TimeCublasProduct(CudaBackend& cuda, int rows, int out, i
     return absl::NotFoundError(
         "cuBLAS (libcublas.so) cannot be loaded; leave out --compare or set LD_LIBRARY_PATH");
   }
-  const auto create = reinterpret_cast<decltype(&cublasCreate_v2)>(dlsym(library, "cublasCreate_v2"));
+  const auto create =
+      reinterpret_cast<decltype(&cublasCreate_v2)>(dlsym(library, "cublasCreate_v2"));
   const auto destroy =
       reinterpret_cast<decltype(&cublasDestroy_v2)>(dlsym(library, "cublasDestroy_v2"));
   const auto set_stream =
@@ -103,8 +105,8 @@ absl::StatusOr<double> TimeCublasProduct(CudaBackend& cuda, int rows, int out, i
   set_stream(handle, cuda.stream());
   // Several copies of the weights, so that none is still in the cache.
   const int64_t elements = int64_t{out} * in;
-  const int copies = static_cast<int>(
-      std::clamp<int64_t>(4 * static_cast<int64_t>(cuda.cache_bytes()) / (2 * elements) + 1, 2, 64));
+  const int copies = static_cast<int>(std::clamp<int64_t>(
+      4 * static_cast<int64_t>(cuda.cache_bytes()) / (2 * elements) + 1, 2, 64));
   ASSIGN_OR_RETURN(const Buffer w, cuda.Allocate(2 * elements * copies));
   ASSIGN_OR_RETURN(const Buffer x, cuda.Allocate(size_t{2} * rows * in));
   ASSIGN_OR_RETURN(const Buffer y, cuda.Allocate(size_t{2} * rows * out));

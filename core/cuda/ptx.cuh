@@ -24,10 +24,10 @@ __device__ inline void BarrierArrive(uint64_t* barrier) {
 }
 // Arrives and announces bytes that a bulk copy will bring.
 __device__ inline void BarrierExpect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   SharedAddress(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 // Waits until the phase of that parity is complete.
 __device__ inline void BarrierWait(uint64_t* barrier, uint32_t parity) {
@@ -56,7 +56,8 @@ __device__ inline uint64_t EvictNormal() {
   return policy;
 }
 
-// Copies bytes (a multiple of 16, both sides 16-byte aligned) to shared memory; the barrier is told.
+// Copies bytes (a multiple of 16, both sides 16-byte aligned) to shared memory; the barrier is
+// told.
 __device__ inline void BulkCopy(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
                                 uint64_t policy) {
   asm volatile(
@@ -71,7 +72,8 @@ __device__ inline void Prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-// 16 bytes on their way to shared memory while the thread goes on; CopiesWait waits for the thread's.
+// 16 bytes on their way to shared memory while the thread goes on; CopiesWait waits for the
+// thread's.
 __device__ inline void CopyAsync16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(SharedAddress(to)), "l"(from)
                : "memory");
@@ -91,8 +93,10 @@ __device__ inline void LowerRegisters() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-__device__ inline void NamedBarrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// Barrier 1, of the computing warps alone.
+template <int kThreads>
+__device__ inline void SyncThreads() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
 __device__ inline void AddRelease(uint32_t* counter, uint32_t value) {
@@ -116,8 +120,8 @@ __device__ inline uint32_t LoadAcquireShared(const uint32_t* from) {
   return value;
 }
 
-// d [16, 8] += a [16, 16] b [16, 8], bf16 with f32 sums. Lane l holds, with g = l / 4 and q = l % 4:
-// a: rows g and g + 8, columns 2q, 2q + 1 and 8 more; b: column g, rows 2q, 2q + 1 and 8 more;
+// d [16, 8] += a [16, 16] b [16, 8], bf16 with f32 sums. Lane l holds, with g = l / 4 and q = l %
+// 4: a: rows g and g + 8, columns 2q, 2q + 1 and 8 more; b: column g, rows 2q, 2q + 1 and 8 more;
 // d: rows g and g + 8, columns 2q and 2q + 1. A column of d depends on that column of b alone.
 __device__ inline void Mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(

@@ -18,8 +18,8 @@
 
 namespace canopy::cuda {
 
-// 126 KiB of slots: 17 MB in flight on 132 multiprocessors, four microseconds of an H200's bandwidth,
-// while other operators run. The tree scan needs the rest of the shared memory.
+// 126 KiB of slots: 17 MB in flight on 132 multiprocessors, four microseconds of an H200's
+// bandwidth, while other operators run. The tree scan needs the rest of the shared memory.
 inline constexpr int kSlotBytes = 32256;
 template <typename T>
 inline constexpr int kSlots = sizeof(T) == 2 ? 4 : 2;
@@ -98,8 +98,7 @@ CANOPY_HOST_DEVICE inline int64_t PackedElement(const MatmulOp& op, int m, int k
   const int blocks = m_base + (mg < m_more ? 1 : 0);
   const int k0 = kg * k_base + (kg < k_more ? kg : k_more);
   const int steps = k_base + (kg < k_more ? 1 : 0);
-  const int64_t block = static_cast<int64_t>(k0) * op.m_blocks +
-                        static_cast<int64_t>(steps) * m0 +
+  const int64_t block = static_cast<int64_t>(k0) * op.m_blocks + static_cast<int64_t>(steps) * m0 +
                         static_cast<int64_t>(ks - k0) * blocks + (mb - m0);
   const int row = m % 16, column = k % 16;
   const int lane = row % 8 * 4 + column % 8 / 2;
@@ -214,7 +213,8 @@ __device__ inline void RowFactors(const RowNorm& norm, int rows, float* factors)
       for (int j = lane; j < norm.count; j += 256) {
         float v[8];
 #pragma unroll
-        for (int k = 0; k < 8; ++k) v[k] = j + 32 * k < norm.count ? __ldcg(squares + j + 32 * k) : 0.0f;
+        for (int k = 0; k < 8; ++k)
+          v[k] = j + 32 * k < norm.count ? __ldcg(squares + j + 32 * k) : 0.0f;
 #pragma unroll
         for (int k = 0; k < 8; ++k) sum += v[k];
       }
@@ -226,8 +226,7 @@ __device__ inline void RowFactors(const RowNorm& norm, int rows, float* factors)
 
 // All consumer threads. `work` holds 16 KiB.
 template <typename T, int kRowTiles>
-__device__ __noinline__ void ConsumeMatmul(const MatmulOp& op, int rows, Ring& state,
-                                           float* work) {
+__device__ __noinline__ void ConsumeMatmul(const MatmulOp& op, int rows, Ring& state, float* work) {
   Ring ring = state;
   MatmulTile tile;
   const bool mine = TileOf(op, blockIdx.x, gridDim.x, &tile);
@@ -270,13 +269,13 @@ __device__ __noinline__ void ConsumeMatmul(const MatmulOp& op, int rows, Ring& s
     for (int i = 0; i < kWarpBlocks; ++i) {
       if (i * op.warp_m >= tile.blocks) break;
       for (int half = k_warps / 2; half > 0; half /= 2) {
-        NamedBarrier(1, kConsumers);
+        SyncThreads<kConsumers>();
         if (wk >= half && wk < 2 * half) {
           float* to = work + ((wk - half) * op.warp_m + wm) * kRowTiles * 128 + lane;
 #pragma unroll
           for (int e = 0; e < kRowTiles * 4; ++e) to[e * 32] = sums[i][e / 4][e % 4];
         }
-        NamedBarrier(1, kConsumers);
+        SyncThreads<kConsumers>();
         if (wk < half) {
           const float* from = work + (wk * op.warp_m + wm) * kRowTiles * 128 + lane;
 #pragma unroll
@@ -284,11 +283,11 @@ __device__ __noinline__ void ConsumeMatmul(const MatmulOp& op, int rows, Ring& s
         }
       }
     }
-    NamedBarrier(1, kConsumers);
+    SyncThreads<kConsumers>();
   }
   if (op.norm.squares != nullptr) {
     RowFactors(op.norm, rows, work);
-    NamedBarrier(1, kConsumers);
+    SyncThreads<kConsumers>();
   }
   if (wk == 0) {
     float* out = op.out + static_cast<int64_t>(tile.split) * kMaxRows * op.ld;

@@ -184,8 +184,8 @@ __device__ inline void Embed(const EmbedOp& op, const PassNodes& nodes, int buck
   ForQuads(nodes.rows, op.k_steps, [&](bool active, int row, int quad) {
     float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
     if (active) {
-      const T* from = static_cast<const T*>(op.table) +
-                      static_cast<int64_t>(nodes.token[row]) * op.columns;
+      const T* from =
+          static_cast<const T*>(op.table) + static_cast<int64_t>(nodes.token[row]) * op.columns;
       float* values = &x.x;
 #pragma unroll 1
       for (int i = 0; i < 4; ++i) {
@@ -200,7 +200,7 @@ __device__ inline void Embed(const EmbedOp& op, const PassNodes& nodes, int buck
 
 template <typename T>
 __device__ __noinline__ void Residual(const ResidualOp& op, const PassNodes& nodes, int bucket_rows,
-                                float* work) {
+                                      float* work) {
   const int ld = op.k_steps * 16;
   bool first = true;
   ForQuads(nodes.rows, op.k_steps, [&](bool active, int row, int quad) {
@@ -215,7 +215,7 @@ __device__ __noinline__ void Residual(const ResidualOp& op, const PassNodes& nod
     }
     if (first) {  // while those loads are under way
       RowFactors(op.norm, nodes.rows, work);
-      NamedBarrier(1, kConsumers);
+      SyncThreads<kConsumers>();
       first = false;
     }
     if (active) {
@@ -251,9 +251,9 @@ __device__ inline float Activate(int activation, float x) {
 
 template <typename T>
 __device__ __noinline__ void Gated(const GatedOp& op, const PassNodes& nodes, int bucket_rows,
-                             float* work) {
+                                   float* work) {
   RowFactors(op.norm, nodes.rows, work);
-  NamedBarrier(1, kConsumers);
+  SyncThreads<kConsumers>();
   const bool vectors = op.columns % 4 == 0;
   ForQuads(nodes.rows, op.k_steps, [&](bool active, int row, int quad) {
     if (!active) return;
@@ -277,7 +277,8 @@ __device__ __noinline__ void Gated(const GatedOp& op, const PassNodes& nodes, in
 #pragma unroll 1
         for (int s = 0; s < op.partials.splits; ++s) {
           const float* at = op.partials.data +
-                            (static_cast<int64_t>(s) * kMaxRows + row) * op.partials.ld + quad * 4 + i;
+                            (static_cast<int64_t>(s) * kMaxRows + row) * op.partials.ld + quad * 4 +
+                            i;
           gates[i] += work[row] * __ldcg(at);
           ups[i] += work[row] * __ldcg(at + op.columns);
         }
@@ -377,7 +378,8 @@ __device__ inline void Select(const SelectOp& op, const PassNodes& nodes) {
     const int at = row * kSelectSlices * kMaxTop;
     bool nan = false;
 #pragma unroll 1
-    for (int i = lane; i < kSelectSlices; i += 32) nan |= isnan(__ldcg(op.values + at + i * kMaxTop));
+    for (int i = lane; i < kSelectSlices; i += 32)
+      nan |= isnan(__ldcg(op.values + at + i * kMaxTop));
     if (__any_sync(0xffffffffu, nan)) {
       if (lane == 0) {
 #pragma unroll 1

@@ -1,6 +1,8 @@
 // The forward path on a GPU: within a tolerance what the CPU computes, and to the last bit a
 // function of a node's token path alone. Skipped where there is no device.
 
+#include "models/decoder_cuda.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,7 +15,6 @@
 #include "core/cuda_backend.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "models/decoder_cuda.h"
 #include "models/golden.h"
 #include "models/loader.h"
 #include "tests/support/random_model.h"
@@ -104,21 +105,35 @@ std::vector<Case> Cases() {
         .d_state = 20,
         .seed = 12}},
       {"ssd_wide_heads", {.kind = "ssd", .heads = 3, .head_dim = 72, .d_state = 33, .seed = 13}},
-      {"ssd_published_head", {.kind = "ssd", .hidden = 256, .heads = 8, .head_dim = 64,
-                              .d_state = 128, .seed = 19}},
+      {"ssd_published_head",
+       {.kind = "ssd", .hidden = 256, .heads = 8, .head_dim = 64, .d_state = 128, .seed = 19}},
       // More heads than multiprocessors: slices of 64, and blocks with several of them.
-      {"ssd_many_heads", {.kind = "ssd", .hidden = 64, .heads = 160, .head_dim = 64, .d_state = 64,
-                          .seed = 20}},
+      {"ssd_many_heads",
+       {.kind = "ssd", .hidden = 64, .heads = 160, .head_dim = 64, .d_state = 64, .seed = 20}},
       {"attention", {.kind = "attention", .seed = 14}},
       {"attention_odd_head_dim",
        {.kind = "attention", .heads = 6, .head_dim = 20, .kv_heads = 2, .seed = 15}},
       {"attention_multi_query",
        {.kind = "attention", .heads = 8, .head_dim = 40, .kv_heads = 1, .seed = 16}},
       {"attention_wide_heads",
-       {.kind = "attention", .hidden = 128, .heads = 2, .head_dim = 256, .kv_heads = 1, .seed = 21}},
+       {.kind = "attention",
+        .hidden = 128,
+        .heads = 2,
+        .head_dim = 256,
+        .kv_heads = 1,
+        .seed = 21}},
       {"hybrid", {.kind = "hybrid", .layers = 3, .seed = 17}},
-      {"hybrid_wide", {.kind = "hybrid", .hidden = 1024, .layers = 2, .vocab = 5000, .heads = 16,
-                       .head_dim = 64, .groups = 4, .d_state = 128, .kv_heads = 4, .seed = 18}},
+      {"hybrid_wide",
+       {.kind = "hybrid",
+        .hidden = 1024,
+        .layers = 2,
+        .vocab = 5000,
+        .heads = 16,
+        .head_dim = 64,
+        .groups = 4,
+        .d_state = 128,
+        .kv_heads = 4,
+        .seed = 18}},
   };
 }
 
@@ -147,8 +162,8 @@ class DecoderCuda : public OnDevice, public ::testing::WithParamInterface<Param>
   void SetUp() override {
     OnDevice::SetUp();
     if (cuda_ == nullptr) return;
-    auto model = MakeCudaDecoder(*cuda_, MakeRandomSpec(*cpu_, GetParam().model.options),
-                                 GetParam().dtype);
+    auto model =
+        MakeCudaDecoder(*cuda_, MakeRandomSpec(*cpu_, GetParam().model.options), GetParam().dtype);
     ASSERT_TRUE(model.ok()) << model.status();
     model_ = *std::move(model);
     vocab_ = GetParam().model.options.vocab;
@@ -297,8 +312,7 @@ TEST_P(DecoderCuda, PrefillChunksCommitsAndForksDoNotMatter) {
   ASSERT_TRUE(fork.ok());
   const Rows expected = whole.Score(tree);
 
-  const ForwardItem item{
-      .state = fork->get(), .tokens = tree.tokens(), .parents = tree.parents()};
+  const ForwardItem item{.state = fork->get(), .tokens = tree.tokens(), .parents = tree.parents()};
   auto forked = model_->Forward({&item, 1}, whole.workspace());
   ASSERT_TRUE(forked.ok());
   EXPECT_EQ(CopyRows(forked->logits), expected);
@@ -367,10 +381,8 @@ TEST_P(DecoderCuda, SelectsTheGreatestLogits) {
   const Rows logits = session.Score(tree);
   for (int top : {1, 2, 7, kMaxTop}) {
     session.state().DropPending();
-    const ForwardItem item{.state = &session.state(),
-                           .tokens = tree.tokens(),
-                           .parents = tree.parents(),
-                           .top = top};
+    const ForwardItem item{
+        .state = &session.state(), .tokens = tree.tokens(), .parents = tree.parents(), .top = top};
     auto result = model_->Forward({&item, 1}, session.workspace());
     ASSERT_TRUE(result.ok()) << result.status();
     ASSERT_EQ(result->top.size(), static_cast<size_t>(tree.size()) * top);
