@@ -29,7 +29,7 @@ template <typename T>
 inline constexpr int kActRowBytes = 16 * sizeof(T);
 
 // Blocks of outputs that one warp holds sums of.
-inline constexpr int kWarpBlocks = 3;
+inline constexpr int kWarpBlocks = 2;
 
 struct MatmulOp {
   const void* weights = nullptr;
