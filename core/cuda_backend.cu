@@ -9,6 +9,10 @@ absl::Status CudaStatus(cudaError_t error, const char* doing) {
   const std::string text = absl::StrCat("CUDA: ", doing, ": ", cudaGetErrorName(error), " (",
                                         cudaGetErrorString(error), ")");
   if (error == cudaErrorMemoryAllocation) return absl::ResourceExhaustedError(text);
+  if (error == cudaErrorNoKernelImageForDevice) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        text, "; this build is for another GPU, configure it with -DCANOPY_CUDA_ARCHITECTURES"));
+  }
   return absl::InternalError(text);
 }
 

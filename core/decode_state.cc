@@ -80,12 +80,12 @@ void DecodeState::DropPendingFrom(int nodes) {
 void DecodeState::Reset() {
   DropPending();
   position_ = 0;
-  if (storage_ != nullptr) storage_->Clear();
+  storage_->Clear();
 }
 
 absl::StatusOr<std::unique_ptr<DecodeState>> DecodeState::Fork() const {
   ASSIGN_OR_RETURN(std::unique_ptr<DecodeState> fork, model_->NewState(options_));
-  if (storage_ != nullptr) RETURN_IF_ERROR(fork->storage_->CopyFrom(*storage_));
+  RETURN_IF_ERROR(fork->storage_->CopyFrom(*storage_));
   fork->position_ = position_;
   fork->tokens_.assign(tokens_.begin(), tokens_.end());
   fork->parents_.assign(parents_.begin(), parents_.end());

@@ -7,17 +7,16 @@
 #include <map>
 #include <memory>
 #include <random>
-#include <sstream>
 #include <string>
 #include <vector>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
-#include "boost/program_options.hpp"
 #include "experiments/commands.h"
 #include "experiments/version.h"
 #include "models/loader.h"
+#include "models/synthetic.h"
 #include "nlohmann/json.hpp"
 #include "trees/token_tree.h"
 #ifdef CANOPY_CUDA
@@ -80,18 +79,17 @@ absl::Status Compare(CudaBackend& cuda, const CudaModel& model, const BenchOptio
   std::printf("  %-24s", "out x in");
   for (int rows : options.nodes) std::printf("  %6d cublas    ours", rows);
   std::printf("\n");
-  for (const auto& [shape, ours] : model.Products()) {
-    const auto [rows_out, columns] = shape;
-    std::printf("  %-24s", absl::StrFormat("%d x %d", rows_out, columns).c_str());
+  for (const ProductShape& product : model.Products()) {
+    std::printf("  %-24s", absl::StrFormat("%d x %d", product.out, product.in).c_str());
     for (int rows : options.nodes) {
       ASSIGN_OR_RETURN(const double cublas,
-                       TimeCublasProduct(cuda, rows, rows_out, columns, options.repetitions));
+                       TimeCublasProduct(cuda, rows, product.out, product.in, options.repetitions));
       ASSIGN_OR_RETURN(const std::vector<double> times,
-                       model.TimeProduct(ours, rows, options.repetitions));
+                       model.TimeProduct(product, rows, options.repetitions));
       const double own = SpreadOf(times).median;
       std::printf("  %13.2f %7.2f", 1e6 * cublas, 1e6 * own);
-      (*out)["products"].push_back({{"out", rows_out},
-                                    {"in", columns},
+      (*out)["products"].push_back({{"out", product.out},
+                                    {"in", product.in},
                                     {"rows", rows},
                                     {"cublas_seconds", cublas},
                                     {"seconds", own}});
@@ -112,7 +110,7 @@ absl::Status RunBench(const BenchOptions& options) {
                    LoadModel(*backend, options.model, options.dtype));
   const auto& model = static_cast<const CudaModel&>(*loaded);
   ASSIGN_OR_RETURN(const double bandwidth, MeasureReadBandwidth(cuda));
-  const bool synthetic = options.model.starts_with("synthetic:");
+  const bool synthetic = options.model.starts_with(kSyntheticPrefix);
   std::printf("%s on %s, %s%s\n", options.model.c_str(), backend->Description().c_str(),
               std::string(Name(model.info().dtype)).c_str(),
               synthetic ? ", random weights of the published shape" : "");
@@ -226,23 +224,8 @@ int RunBenchCommand(std::span<const std::string> args) {
       "of each pass")("compare", po::bool_switch(&options.compare),
                       "also the same products through cuBLAS")("json", po::value(&options.json),
                                                                "file for the figures");
-  try {
-    po::variables_map values;
-    po::store(po::command_line_parser(std::vector<std::string>(args.begin(), args.end()))
-                  .options(flags)
-                  .positional({})
-                  .run(),
-              values);
-    if (values.count("help") > 0) {
-      std::ostringstream text;
-      text << flags;
-      std::fputs(text.str().c_str(), stdout);
-      return kExitOk;
-    }
-    po::notify(values);
-  } catch (const po::error& error) {
-    return ReportUsage("bench", error.what());
-  }
+  po::variables_map values;
+  if (const int code = ReadFlags("bench", args, flags, "", &values); code >= 0) return code;
   if (!ParseList(nodes, 1, 64, &options.nodes)) {
     return ReportUsage("bench", "--nodes must be numbers from 1 to 64, separated by commas");
   }

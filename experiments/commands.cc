@@ -3,12 +3,16 @@
 #include <cstdio>
 #include <exception>
 #include <new>
+#include <sstream>
 #include <string_view>
+#include <vector>
 
 #include "experiments/version.h"
 
 namespace canopy {
 namespace {
+
+namespace po = boost::program_options;
 
 constexpr Command kCommands[] = {
     {"run", "FILE.cfg [--key=value ...] [--dry-run]", "run an experiment or a sweep",
@@ -57,6 +61,30 @@ int ReportError(const char* command, const absl::Status& status) {
 int ReportUsage(const char* command, const std::string& message) {
   std::fprintf(stderr, "canopy %s: %s (see `canopy help`)\n", command, OneLine(message).c_str());
   return kExitUsage;
+}
+
+int ReadFlags(const char* command, std::span<const std::string> args,
+              const po::options_description& flags, const std::string& positional,
+              po::variables_map* values) {
+  try {
+    po::positional_options_description places;
+    if (!positional.empty()) places.add(positional.c_str(), 1);
+    po::store(po::command_line_parser(std::vector<std::string>(args.begin(), args.end()))
+                  .options(flags)
+                  .positional(places)
+                  .run(),
+              *values);
+    if (values->count("help") > 0) {
+      std::ostringstream text;
+      text << flags;
+      std::fputs(text.str().c_str(), stdout);
+      return kExitOk;
+    }
+    po::notify(*values);
+  } catch (const po::error& error) {
+    return ReportUsage(command, error.what());
+  }
+  return -1;
 }
 
 int RunCanopy(std::span<const std::string> args) {

@@ -7,6 +7,7 @@
 #ifndef CANOPY_EXPERIMENTS_COMMANDS_H_
 #define CANOPY_EXPERIMENTS_COMMANDS_H_
 
+#include <boost/program_options.hpp>
 #include <span>
 #include <string>
 
@@ -39,6 +40,13 @@ int RunInspectCommand(std::span<const std::string> args);
 int ReportError(const char* command, const absl::Status& status);
 // Likewise with where to find the usage; returns kExitUsage.
 int ReportUsage(const char* command, const std::string& message);
+
+// Reads a command's flags, which must have "help"; `positional` names the flag that an argument
+// without a name is for, or is empty. The exit code where the command ends here (help was asked
+// for, or the usage is wrong), and otherwise -1.
+int ReadFlags(const char* command, std::span<const std::string> args,
+              const boost::program_options::options_description& flags,
+              const std::string& positional, boost::program_options::variables_map* values);
 
 // The whole binary but for main: picks the command and catches what it throws. Never throws.
 int RunCanopy(std::span<const std::string> args);

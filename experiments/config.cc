@@ -18,6 +18,7 @@
 #include "core/decode_state.h"
 #include "core/files.h"
 #include "drafting/registry.h"
+#include "models/loader.h"
 #include "trees/tree_shape.h"
 #include "verify/acceptance.h"
 
@@ -177,14 +178,6 @@ absl::Status OutOfRange(const ConfigKey& key, const std::string& text, const std
                                                  " is not allowed; expected ", expected));
 }
 
-bool IsDevice(std::string_view text) {
-  if (text == "cpu" || text == "cuda") return true;
-  if (!text.starts_with("cuda:")) return false;
-  text.remove_prefix(5);
-  return !text.empty() && text.size() <= 4 &&
-         std::all_of(text.begin(), text.end(), absl::ascii_isdigit);
-}
-
 // Parses `text` into the key's member.
 absl::Status SetValue(const ConfigKey& key, const std::string& text, const std::string& origin,
                       ExperimentConfig* config) {
@@ -194,7 +187,7 @@ absl::Status SetValue(const ConfigKey& key, const std::string& text, const std::
     if (!choices.empty() && std::find(choices.begin(), choices.end(), text) == choices.end()) {
       return OutOfRange(key, text, origin, range);
     }
-    if (std::string_view(key.name) == "run.device" && !IsDevice(text)) {
+    if (std::string_view(key.name) == "run.device" && !ParseDevice(text).ok()) {
       return OutOfRange(key, text, origin, range);
     }
     if (std::string_view(key.name) == "tree.shape") {

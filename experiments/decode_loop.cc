@@ -214,21 +214,16 @@ absl::Status DecodeLoop::Round(const DecodeRequest& request, int max_depth, Gene
   const TokenTree& tree = draft_.tree;
   timer.AddTo(&out->seconds.draft);
 
-  // All rules follow the greatest logit then.
-  const bool greedy = request.sampling.temperature == 0.0 && request.rule->name() != "recursive";
-  ASSIGN_OR_RETURN(const TargetScores scores, verifier_->Score(tree, *state_, greedy));
+  ASSIGN_OR_RETURN(
+      const TargetScores scores,
+      verifier_->Score(tree, *state_, request.rule->NeedsGreatestOnly(request.sampling)));
   timer.AddTo(&out->seconds.verify);
 
   const int64_t position = static_cast<int64_t>(tokens_.size()) - 1;
   RETURN_IF_ERROR(request.rule->Accept(draft_, scores, request.sampling, request.noise, position,
                                        scratch_, &accepted_));
   for (const NodeId node : accepted_.path) {
-    bool nan = !scores.greatest.empty() && scores.greatest[node.value].value < 0;
-    for (const float logit :
-         scores.greatest.empty() ? scores.row(node) : std::span<const float>()) {
-      nan |= std::isnan(logit);
-    }
-    if (nan) {
+    if (scores.HasNan(node)) {
       return absl::DataLossError(absl::StrCat(
           "the logits of ", target_->info().path, " at position ", position + tree.depth(node),
           " are not numbers; `canopy inspect --check` names weights that are not finite"));

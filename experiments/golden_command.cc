@@ -3,10 +3,8 @@
 #include <cmath>
 #include <cstdio>
 #include <memory>
-#include <sstream>
 #include <vector>
 
-#include "boost/program_options.hpp"
 #include "experiments/commands.h"
 #include "models/golden.h"
 #include "models/loader.h"
@@ -47,23 +45,8 @@ int RunGoldenCommand(std::span<const std::string> args) {
       "dtype", po::value(&options.dtype)->default_value(options.dtype),
       "on a GPU: auto, bf16 or f32")("threads", po::value(&options.threads)->default_value(0),
                                      "0: one a core");
-  try {
-    po::variables_map values;
-    po::store(po::command_line_parser(std::vector<std::string>(args.begin(), args.end()))
-                  .options(flags)
-                  .positional({})
-                  .run(),
-              values);
-    if (values.count("help") > 0) {
-      std::ostringstream text;
-      text << flags;
-      std::fputs(text.str().c_str(), stdout);
-      return kExitOk;
-    }
-    po::notify(values);
-  } catch (const po::error& error) {
-    return ReportUsage("golden", error.what());
-  }
+  po::variables_map values;
+  if (const int code = ReadFlags("golden", args, flags, "", &values); code >= 0) return code;
   if (!(options.tolerance >= 0)) return ReportUsage("golden", "--tolerance must be 0 or more");
   if (options.threads < 0) return ReportUsage("golden", "--threads must be 0 or more");
 

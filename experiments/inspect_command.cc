@@ -3,14 +3,12 @@
 #include <algorithm>
 #include <cstdio>
 #include <memory>
-#include <sstream>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
-#include "boost/program_options.hpp"
 #include "core/cpu_backend.h"
 #include "core/safetensors.h"
 #include "experiments/commands.h"
@@ -165,28 +163,12 @@ int RunInspectCommand(std::span<const std::string> args) {
       "also scan the weights and name the tensors with values that are not finite")(
       "positions", po::value(&options.positions),
       "prefix length of the state whose size is shown (the model's limit or 2048, the smaller)")(
-      "nodes", po::value(&options.nodes)->default_value(options.nodes), "its pending nodes");
-  po::options_description all = flags;
-  all.add_options()("folder", po::value(&options.folder));
-  try {
-    po::variables_map values;
-    po::store(po::command_line_parser(std::vector<std::string>(args.begin(), args.end()))
-                  .options(all)
-                  .positional(po::positional_options_description().add("folder", 1))
-                  .run(),
-              values);
-    po::notify(values);
-    if (values.count("help") > 0) {
-      std::ostringstream text;
-      text << flags;
-      std::fputs(text.str().c_str(), stdout);
-      return kExitOk;
-    }
-    if (values.count("positions") > 0 && options.positions < 1) {
-      return ReportUsage("inspect", "--positions must be 1 or more");
-    }
-  } catch (const po::error& error) {
-    return ReportUsage("inspect", error.what());
+      "nodes", po::value(&options.nodes)->default_value(options.nodes), "its pending nodes")(
+      "folder", po::value(&options.folder), "DIR, also without the flag's name");
+  po::variables_map values;
+  if (const int code = ReadFlags("inspect", args, flags, "folder", &values); code >= 0) return code;
+  if (values.count("positions") > 0 && options.positions < 1) {
+    return ReportUsage("inspect", "--positions must be 1 or more");
   }
   if (options.folder.empty()) return ReportUsage("inspect", "expected a checkpoint folder");
   if (options.nodes < 1) return ReportUsage("inspect", "--nodes must be 1 or more");

@@ -7,6 +7,7 @@
 #include <span>
 #include <utility>
 
+#include "core/cuda/timing.h"
 #include "models/decoder_cuda.h"
 #include "models/forward_check.h"
 #include "models/pass_kernel.cuh"
@@ -43,6 +44,10 @@ __global__ void FillRandom(T* data, int64_t count, float bound, uint64_t seed) {
   }
 }
 
+bool SameShape(const ProductShape& a, const ProductShape& b) {
+  return a.out == b.out && a.in == b.in;
+}
+
 // A matrix as one or more products: more where its rectangles would be too large for a warp's sums.
 struct DeviceMatrix {
   struct Part {
@@ -53,7 +58,6 @@ struct DeviceMatrix {
   std::vector<Part> parts;
   int splits = 1;
   int ld = 0;
-  int k_steps = 0;
 };
 
 // Columns of a product's input, where groups are padded to whole k-steps.
@@ -105,13 +109,17 @@ class CudaWorkspace final : public Workspace {
     if (logits_host != nullptr) cudaFreeHost(logits_host);
     if (selected_host != nullptr) cudaFreeHost(selected_host);
   }
+  // On the device.
   size_t bytes() const override { return memory.bytes() + tables.bytes(); }
 
   int max_rows = 0;
   Buffer memory;  // activations, partial sums, scratch
   Buffer tables;  // operators of every bucket, nodes, the barrier's counter
   cuda::Op* ops[kBuckets] = {};
-  std::vector<cuda::Op> host_ops[kBuckets];
+  // The operators' kinds, the same in every bucket, and how many barriers of the grid stand before
+  // each of them and behind the last.
+  std::vector<cuda::OpKind> kinds;
+  std::vector<int> barriers;
   cuda::PassNodes* nodes = nullptr;       // [kInFlight]
   cuda::PassNodes* nodes_host = nullptr;  // [kInFlight], pinned
   int next_nodes = 0;
@@ -132,6 +140,15 @@ class CudaWorkspace final : public Workspace {
   // The last pass, for Repeat.
   int last_bucket = -1;
   cuda::PassArguments last;
+
+  void Describe(const std::vector<cuda::Op>& program) {
+    kinds.clear();
+    barriers.assign(1, 0);
+    for (const cuda::Op& op : program) {
+      kinds.push_back(op.kind);
+      barriers.push_back(barriers.back() + op.barrier);
+    }
+  }
 };
 
 // Cuts one allocation into aligned pieces: first all are asked for, then placed.
@@ -170,15 +187,15 @@ class CudaDecoder final : public CudaModel {
   size_t PassBytes(int nodes, int context) const override;
   absl::StatusOr<std::vector<double>> Repeat(Workspace& workspace, int repetitions) const override;
   absl::StatusOr<std::vector<OperatorTime>> Breakdown(Workspace& workspace) const override;
-  std::vector<std::pair<std::pair<int, int>, int>> Products() const override;
-  absl::StatusOr<std::vector<double>> TimeProduct(int product, int rows,
+  std::vector<ProductShape> Products() const override;
+  absl::StatusOr<std::vector<double>> TimeProduct(const ProductShape& shape, int rows,
                                                   int repetitions) const override;
 
  private:
-  // Every product's matrix with its outputs and inputs, in the order of a pass.
+  // Every product's matrix with its shape, in the order of a pass.
   struct Product {
     const DeviceMatrix* matrix;
-    int out, in;
+    ProductShape shape;
   };
   std::vector<Product> AllProducts() const;
 
@@ -197,25 +214,6 @@ class CudaDecoder final : public CudaModel {
     cuda::ScanOp scan;  // what does not depend on a workspace
   };
 
-  absl::Status CommitRows(DecodeState& state, std::span<const NodeId> path) const override;
-  absl::Status CommitPath(DecodeState& state, const cuda::CommitPath& path) const;
-
-  // most_splits = 1 where the result is read as it is.
-  absl::StatusOr<DeviceMatrix> Upload(const PackedMatrix& matrix, const Columns& columns,
-                                      int most_splits = 16);
-  absl::StatusOr<const float*> Upload(const std::vector<float>& values, int padded = 0);
-  cuda::MatmulOp Plan(int m_blocks, const Columns& columns, int most_splits) const;
-  absl::Status PrepareScan(const SsdSpec& ssd, int layer, cuda::ScanOp* scan) const;
-  std::vector<cuda::Op> Program(int bucket, const CudaWorkspace& ws, const void* memory) const;
-  absl::Status FillNodes(DecodeState& state, int rows, int first_pending, bool chain, int top,
-                         std::span<const TokenId> tokens, CudaWorkspace& ws,
-                         cuda::PassNodes* nodes) const;
-  absl::Status RunPass(DecodeState& state, std::span<const TokenId> tokens, int first_pending,
-                       bool chain, bool head, int top, CudaWorkspace& ws) const;
-  Storage<T>& StorageOf(DecodeState& state) const {
-    return static_cast<Storage<T>&>(state.storage());
-  }
-
   // Addresses in a workspace's memory, the same for every bucket but the activations.
   struct Places {
     float* x;
@@ -225,10 +223,30 @@ class CudaDecoder final : public CudaModel {
     float* squares;
     float* scan_squares;
     float* q;
-    float* logits;
     float* select_values;
     int32_t* select_tokens;
   };
+
+  absl::Status CommitRows(DecodeState& state, std::span<const NodeId> path) const override;
+  absl::Status CommitPath(DecodeState& state, const cuda::CommitPath& path) const;
+
+  // most_splits = 1 where the result is read as it is.
+  absl::StatusOr<DeviceMatrix> Upload(const PackedMatrix& matrix, const Columns& columns,
+                                      int most_splits = 16);
+  absl::StatusOr<const float*> Upload(const std::vector<float>& values, int padded = 0);
+  cuda::MatmulOp Plan(int m_blocks, const Columns& columns, int most_splits) const;
+  absl::Status PrepareScan(const SsdSpec& ssd, int layer, cuda::ScanOp* scan) const;
+  std::vector<cuda::Op> Program(int bucket, const CudaWorkspace& ws, const Places& at) const;
+  void FillNodes(DecodeState& state, int rows, int first_pending, bool chain, int top,
+                 std::span<const TokenId> tokens, CudaWorkspace& ws, cuda::PassNodes* nodes) const;
+  absl::Status RunPass(DecodeState& state, std::span<const TokenId> tokens, int first_pending,
+                       bool chain, bool head, int top, CudaWorkspace& ws) const;
+  // Runs ws.last, with a clock at every operator if `clocks` is not null.
+  absl::Status Launch(CudaWorkspace& ws, int64_t* clocks = nullptr) const;
+  Storage<T>& StorageOf(DecodeState& state) const {
+    return static_cast<Storage<T>&>(state.storage());
+  }
+
   void AddPieces(Pieces& pieces, Places& places, CudaWorkspace& ws) const;
 
   CudaBackend& cuda_;
@@ -297,7 +315,6 @@ absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
   DeviceMatrix result;
   const int m_blocks = (matrix.out_features() + 15) / 16;
   result.ld = m_blocks * 16;
-  result.k_steps = columns.k_steps();
   // As few parts as will do, all of one plan but the last.
   cuda::MatmulOp op;
   int parts = 1;
@@ -310,7 +327,7 @@ absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
                                                  matrix.in_features(),
                                                  " is too large for the device's products"));
   }
-  const int64_t elements = int64_t{m_blocks} * result.k_steps * 256;
+  const int64_t elements = int64_t{m_blocks} * columns.k_steps() * 256;
   ASSIGN_OR_RETURN(result.weights, cuda_.Allocate(elements * sizeof(T)));
   stream_bytes_ += elements * sizeof(T);
   result.splits = op.k_groups;
@@ -408,8 +425,14 @@ absl::Status CudaDecoder<T>::Prepare() {
   const int padded_hidden = hidden_steps_ * 16;
   const Columns hidden_columns{hidden, 1};
   const size_t before = cuda_.memory().bytes_in_use;
-  RETURN_IF_CUDA_ERROR(cuda::PreparePass<T>(cuda_.shared_bytes()), "preparing the kernels");
   const int work_bytes = cuda_.shared_bytes() - cuda::SharedLayout<T>::kFixed;
+  if (work_bytes < cuda::kMatmulWorkBytes) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(cuda_.Description(), " has ", cuda_.shared_bytes(),
+                     " bytes of shared memory for a block; Canopy's kernels need ",
+                     cuda::SharedLayout<T>::kFixed + cuda::kMatmulWorkBytes));
+  }
+  RETURN_IF_CUDA_ERROR(cuda::PreparePass<T>(cuda_.shared_bytes()), "preparing the kernels");
   std::vector<cuda::FoldShape> folds;
   for (size_t i = 0; i < spec_.blocks.size(); ++i) {
     BlockSpec& block = spec_.blocks[i];
@@ -471,7 +494,8 @@ absl::Status CudaDecoder<T>::Prepare() {
       folds.back() = {ssd.heads, ssd.head_dim, ssd.groups, ssd.d_state, scan.padded_d_state};
       fold_heads_ = std::max(fold_heads_, ssd.heads);
       fold_shared_ = std::max<int>(
-          fold_shared_, 32 * (cuda::PadTo16(ssd.head_dim) + scan.padded_d_state) * sizeof(float));
+          fold_shared_,
+          kSegment * (cuda::PadTo16(ssd.head_dim) + scan.padded_d_state) * sizeof(float));
     }
     if (block.mlp) {
       MlpSpec& mlp = *block.mlp;
@@ -622,15 +646,14 @@ void CudaDecoder<T>::AddPieces(Pieces& pieces, Places& p, CudaWorkspace& ws) con
   pieces.Add(&p.scan_squares, size_t{1} * kMaxRows * scan_squares_);
   pieces.Add(&p.q, size_t{1} * kMaxRows * q_columns_);
   pieces.Add(&ws.logits, size_t{1} * kMaxRows * head_.ld);
-  pieces.Add(&p.select_values, size_t{1} * kMaxRows * cuda::kSelectSlices * cuda::kMaxTop);
-  pieces.Add(&p.select_tokens, size_t{1} * kMaxRows * cuda::kSelectSlices * cuda::kMaxTop);
+  pieces.Add(&p.select_values, size_t{1} * kMaxRows * cuda::kSelectSlices * kMaxTop);
+  pieces.Add(&p.select_tokens, size_t{1} * kMaxRows * cuda::kSelectSlices * kMaxTop);
 }
 
-// The operators of a pass, for one bucket. `memory` points to Places.
+// The operators of a pass, for one bucket.
 template <typename T>
 std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& ws,
-                                              const void* memory) const {
-  const Places& at = *static_cast<const Places*>(memory);
+                                              const Places& at) const {
   const int hidden = spec_.info.hidden_size;
   std::vector<cuda::Op> ops;
   const auto matmul = [&](const DeviceMatrix& matrix, const T* act, float* out,
@@ -751,7 +774,8 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
   AddPieces(pieces, places, *ws);
   ASSIGN_OR_RETURN(ws->memory, pieces.Place(cuda_));
   // Once to count the operators, then with the addresses.
-  const size_t op_count = Program(0, *ws, &places).size();
+  ws->Describe(Program(0, *ws, places));
+  const size_t op_count = ws->kinds.size();
   Pieces tables;
   for (int b = 0; b < kBuckets; ++b) tables.Add(&ws->ops[b], op_count);
   tables.Add(&ws->nodes, kInFlight);
@@ -760,9 +784,8 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
   tables.Add(&ws->clocks, op_count + 1);
   ASSIGN_OR_RETURN(ws->tables, tables.Place(cuda_));
   for (int b = 0; b < kBuckets; ++b) {
-    ws->host_ops[b] = Program(b, *ws, &places);
-    RETURN_IF_ERROR(
-        cuda_.ToDevice(ws->ops[b], ws->host_ops[b].data(), op_count * sizeof(cuda::Op)));
+    const std::vector<cuda::Op> program = Program(b, *ws, places);
+    RETURN_IF_ERROR(cuda_.ToDevice(ws->ops[b], program.data(), op_count * sizeof(cuda::Op)));
   }
   RETURN_IF_CUDA_ERROR(cudaMallocHost(&ws->nodes_host, kInFlight * sizeof(cuda::PassNodes)),
                        "allocating pinned memory");
@@ -775,9 +798,9 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
 // `chain`: `tokens` stand behind the prefix, as pending nodes 0, 1, ... that the state does not
 // know of; otherwise they are its pending nodes from first_pending on.
 template <typename T>
-absl::Status CudaDecoder<T>::FillNodes(DecodeState& state, int rows, int first_pending, bool chain,
-                                       int top, std::span<const TokenId> tokens, CudaWorkspace& ws,
-                                       cuda::PassNodes* nodes) const {
+void CudaDecoder<T>::FillNodes(DecodeState& state, int rows, int first_pending, bool chain, int top,
+                               std::span<const TokenId> tokens, CudaWorkspace& ws,
+                               cuda::PassNodes* nodes) const {
   const int prefix = state.position();
   nodes->rows = rows;
   nodes->prefix = prefix;
@@ -828,7 +851,6 @@ absl::Status CudaDecoder<T>::FillNodes(DecodeState& state, int rows, int first_p
     }
   }
   nodes->key_blocks = deepest / cuda::kKeysPerBlock + 1;
-  return absl::OkStatus();
 }
 
 template <typename T>
@@ -838,37 +860,37 @@ absl::Status CudaDecoder<T>::RunPass(DecodeState& state, std::span<const TokenId
   const int rows = static_cast<int>(tokens.size());
   const int bucket = BucketOf(rows);
   const int slot = ws.next_nodes;
-  // The copy from this place kInFlight passes ago is long done, unless the host is far ahead.
+  // Every place is free again once all passes so far are done.
   if (slot == 0) RETURN_IF_ERROR(cuda_.Synchronize());
   ws.next_nodes = (slot + 1) % kInFlight;
-  RETURN_IF_ERROR(
-      FillNodes(state, rows, first_pending, chain, top, tokens, ws, &ws.nodes_host[slot]));
+  FillNodes(state, rows, first_pending, chain, top, tokens, ws, &ws.nodes_host[slot]);
   RETURN_IF_CUDA_ERROR(
       cudaMemcpyAsync(ws.nodes + slot, ws.nodes_host + slot, sizeof(cuda::PassNodes),
                       cudaMemcpyHostToDevice, cuda_.stream()),
       "copying a tree to the device");
-  cuda::PassArguments arguments;
-  arguments.ops = ws.ops[bucket];
-  const std::vector<cuda::Op>& ops = ws.host_ops[bucket];
-  int count = static_cast<int>(ops.size());
+  int count = static_cast<int>(ws.kinds.size());
   if (!head) {
     count -= static_cast<int>(head_.parts.size()) + 2;
   } else if (top == 0) {
     count -= 2;
   }
-  arguments.op_count = count;
-  arguments.nodes = ws.nodes + slot;
-  arguments.counter = ws.counter;
-  arguments.counter_base = ws.counter_base;
-  arguments.stream_weights_once = stream_bytes_ > cuda_.cache_bytes() / 2;
-  int barriers = 0;
-  for (int i = 0; i < count; ++i) barriers += ops[i].barrier;
-  RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(kBucketRows[bucket], cuda_.multiprocessors(),
-                                           cuda_.shared_bytes(), arguments, cuda_.stream()),
-                       "launching a pass");
-  ws.counter_base += static_cast<uint32_t>(barriers) * cuda_.multiprocessors();
   ws.last_bucket = bucket;
-  ws.last = arguments;
+  ws.last.ops = ws.ops[bucket];
+  ws.last.op_count = count;
+  ws.last.nodes = ws.nodes + slot;
+  return Launch(ws);
+}
+
+template <typename T>
+absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
+  ws.last.counter = ws.counter;
+  ws.last.counter_base = ws.counter_base;
+  ws.last.stream_weights_once = stream_bytes_ > cuda_.cache_bytes() / 2;
+  ws.last.clocks = clocks;
+  RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
+                                           cuda_.shared_bytes(), ws.last, cuda_.stream()),
+                       "launching a pass");
+  ws.counter_base += static_cast<uint32_t>(ws.barriers[ws.last.op_count]) * cuda_.multiprocessors();
   return absl::OkStatus();
 }
 
@@ -966,7 +988,8 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
       done += part;
     }
   }
-  if (wanted > 0) RETURN_IF_ERROR(cuda_.Synchronize());
+  // Also where nothing is read: the caller's clock is to see this pass, and not the next one.
+  RETURN_IF_ERROR(cuda_.Synchronize());
   ForwardResult result;
   if (top == 0 && wanted > 0) result.logits = {ws.logits_host, wanted, vocab, stride};
   result.first_row = ws.first_row;
@@ -1026,55 +1049,21 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::Repeat(Workspace& workspace,
                                                            int repetitions) const {
   auto& ws = static_cast<CudaWorkspace&>(workspace);
   if (ws.last_bucket < 0) return absl::FailedPreconditionError("repeat: no pass was run");
-  std::vector<cudaEvent_t> events(repetitions + 1);
-  for (cudaEvent_t& event : events) RETURN_IF_CUDA_ERROR(cudaEventCreate(&event), "making events");
-  int barriers = 0;
-  for (int i = 0; i < ws.last.op_count; ++i) barriers += ws.host_ops[ws.last_bucket][i].barrier;
-  RETURN_IF_CUDA_ERROR(cudaEventRecord(events[0], cuda_.stream()), "recording an event");
-  for (int i = 0; i < repetitions; ++i) {
-    cuda::PassArguments arguments = ws.last;
-    arguments.counter_base = ws.counter_base;
-    RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
-                                             cuda_.shared_bytes(), arguments, cuda_.stream()),
-                         "launching a pass");
-    ws.counter_base += static_cast<uint32_t>(barriers) * cuda_.multiprocessors();
-    RETURN_IF_CUDA_ERROR(cudaEventRecord(events[i + 1], cuda_.stream()), "recording an event");
-  }
-  RETURN_IF_ERROR(cuda_.Synchronize());
-  std::vector<double> seconds;
-  for (int i = 0; i < repetitions; ++i) {
-    float milliseconds = 0.0f;
-    RETURN_IF_CUDA_ERROR(cudaEventElapsedTime(&milliseconds, events[i], events[i + 1]),
-                         "reading an event");
-    seconds.push_back(1e-3 * milliseconds);
-  }
-  for (cudaEvent_t event : events) cudaEventDestroy(event);
-  return seconds;
+  return TimeEach(cuda_, repetitions, [&](int) { return Launch(ws); });
 }
 
 template <typename T>
 absl::StatusOr<std::vector<OperatorTime>> CudaDecoder<T>::Breakdown(Workspace& workspace) const {
   auto& ws = static_cast<CudaWorkspace&>(workspace);
   if (ws.last_bucket < 0) return absl::FailedPreconditionError("breakdown: no pass was run");
-  cuda::PassArguments arguments = ws.last;
-  arguments.counter_base = ws.counter_base;
-  arguments.clocks = ws.clocks;
-  const std::vector<cuda::Op>& ops = ws.host_ops[ws.last_bucket];
-  int barriers = 0;
-  for (int i = 0; i < arguments.op_count; ++i) barriers += ops[i].barrier;
-  RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
-                                           cuda_.shared_bytes(), arguments, cuda_.stream()),
-                       "launching a pass");
-  ws.counter_base += static_cast<uint32_t>(barriers) * cuda_.multiprocessors();
-  std::vector<int64_t> clocks(arguments.op_count + 1);
+  RETURN_IF_ERROR(Launch(ws, ws.clocks));
+  std::vector<int64_t> clocks(ws.last.op_count + 1);
   RETURN_IF_ERROR(cuda_.ToHost(clocks.data(), ws.clocks, clocks.size() * sizeof(int64_t)));
   std::vector<OperatorTime> times;
   const double whole = static_cast<double>(clocks.back() - clocks.front());
-  for (int i = 0; i < arguments.op_count; ++i) {
-    OperatorTime time;
-    time.name = cuda::Name(ops[i].kind);
-    time.share = static_cast<double>(clocks[i + 1] - clocks[i]) / whole;
-    times.push_back(time);
+  for (int i = 0; i < ws.last.op_count; ++i) {
+    times.push_back(
+        {cuda::Name(ws.kinds[i]), static_cast<double>(clocks[i + 1] - clocks[i]) / whole});
   }
   return times;
 }
@@ -1087,40 +1076,38 @@ std::vector<typename CudaDecoder<T>::Product> CudaDecoder<T>::AllProducts() cons
     const Layer& layer = layers_[i];
     const BlockSpec& block = spec_.blocks[i];
     if (const auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
-      products.push_back({&layer.in, attention->qkv.out_features(), hidden});
-      products.push_back({&layer.out, hidden, attention->heads * attention->head_dim});
+      products.push_back({&layer.in, {attention->qkv.out_features(), hidden}});
+      products.push_back({&layer.out, {hidden, attention->heads * attention->head_dim}});
     } else {
       const SsdSpec& ssd = std::get<SsdSpec>(block.mixer);
-      products.push_back({&layer.in, ssd.in_proj.out_features(), hidden});
-      products.push_back({&layer.out, hidden, ssd.inner()});
+      products.push_back({&layer.in, {ssd.in_proj.out_features(), hidden}});
+      products.push_back({&layer.out, {hidden, ssd.inner()}});
     }
     if (block.mlp) {
-      products.push_back({&layer.gate_up, 2 * block.mlp->intermediate, hidden});
-      products.push_back({&layer.down, hidden, block.mlp->intermediate});
+      products.push_back({&layer.gate_up, {2 * block.mlp->intermediate, hidden}});
+      products.push_back({&layer.down, {hidden, block.mlp->intermediate}});
     }
   }
-  products.push_back({&head_, spec_.info.vocab_size, hidden});
+  products.push_back({&head_, {spec_.info.vocab_size, hidden}});
   return products;
 }
 
 template <typename T>
-std::vector<std::pair<std::pair<int, int>, int>> CudaDecoder<T>::Products() const {
-  std::vector<std::pair<std::pair<int, int>, int>> shapes;
-  const std::vector<Product> all = AllProducts();
-  for (size_t i = 0; i < all.size(); ++i) {
-    const std::pair<int, int> shape = {all[i].out, all[i].in};
-    const bool known =
-        std::any_of(shapes.begin(), shapes.end(), [&](const auto& s) { return s.first == shape; });
-    if (!known) shapes.push_back({shape, static_cast<int>(i)});
+std::vector<ProductShape> CudaDecoder<T>::Products() const {
+  std::vector<ProductShape> shapes;
+  for (const Product& product : AllProducts()) {
+    const bool known = std::any_of(shapes.begin(), shapes.end(), [&](const ProductShape& shape) {
+      return SameShape(shape, product.shape);
+    });
+    if (!known) shapes.push_back(product.shape);
   }
   return shapes;
 }
 
 template <typename T>
-absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(int product, int rows,
+absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(const ProductShape& shape, int rows,
                                                                 int repetitions) const {
-  const std::vector<Product> all = AllProducts();
-  CHECK(product >= 0 && product < static_cast<int>(all.size()) && rows >= 1 && rows <= max_rows_);
+  CHECK(rows >= 1 && rows <= max_rows_);
   const int bucket = BucketOf(rows);
   Places places;
   CudaWorkspace ws;
@@ -1129,18 +1116,21 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(int product, int
   ASSIGN_OR_RETURN(ws.memory, pieces.Place(cuda_));
   std::vector<cuda::Op> ops;
   int products = 0;
+  const std::vector<Product> all = AllProducts();
+  CHECK(std::any_of(all.begin(), all.end(),
+                    [&](const Product& p) { return SameShape(p.shape, shape); }));
   // A few rounds, so that the launch does not count.
   while (ops.size() < 64) {
     for (const Product& p : all) {
-      if (p.out != all[product].out || p.in != all[product].in) continue;
+      if (!SameShape(p.shape, shape)) continue;
       ++products;
       for (const DeviceMatrix::Part& part : p.matrix->parts) {
         cuda::Op op;
         op.kind = cuda::OpKind::kMatmul;
         op.barrier = &part == &p.matrix->parts.back();
         op.matmul = part.op;
-        op.matmul.act =
-            p.in == spec_.info.hidden_size ? places.act_hidden[bucket] : places.act_mixed[bucket];
+        op.matmul.act = shape.in == spec_.info.hidden_size ? places.act_hidden[bucket]
+                                                           : places.act_mixed[bucket];
         op.matmul.out = (p.matrix == &head_ ? ws.logits : places.partials) + part.first_column;
         ops.push_back(op);
       }
@@ -1154,12 +1144,11 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(int product, int
   ASSIGN_OR_RETURN(ws.tables, tables.Place(cuda_));
   RETURN_IF_ERROR(cuda_.ToDevice(device_ops, ops.data(), ops.size() * sizeof(cuda::Op)));
   RETURN_IF_ERROR(cuda_.ToDevice(&ws.nodes->rows, &rows, sizeof(rows)));
-  ws.host_ops[bucket] = ops;
+  ws.Describe(ops);
   ws.last_bucket = bucket;
   ws.last.ops = device_ops;
   ws.last.op_count = static_cast<int>(ops.size());
   ws.last.nodes = ws.nodes;
-  ws.last.counter = ws.counter;
   ASSIGN_OR_RETURN(std::vector<double> times, Repeat(ws, repetitions));
   for (double& time : times) time /= products;
   return times;

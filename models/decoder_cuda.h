@@ -6,7 +6,6 @@
 
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "core/cuda_backend.h"
@@ -20,8 +19,12 @@ namespace canopy {
 // the slowest block included.
 struct OperatorTime {
   std::string name;
-  int layer = -1;
   double share = 0.0;  // of the pass
+};
+
+struct ProductShape {
+  int out = 0;  // outputs
+  int in = 0;   // inputs
 };
 
 // What `canopy bench` needs besides LanguageModel.
@@ -34,14 +37,14 @@ class CudaModel : public LanguageModel {
   // time each, in seconds. The state's pending nodes and its prefix stay as they are.
   virtual absl::StatusOr<std::vector<double>> Repeat(Workspace& workspace,
                                                      int repetitions) const = 0;
-  // The model's products, one of each shape: {outputs, inputs} and a number for TimeProduct.
-  virtual std::vector<std::pair<std::pair<int, int>, int>> Products() const = 0;
-  // Seconds of that product alone for `rows` rows, its barrier of the grid included, in passes over
-  // the products of that shape in all layers (the weights of one come from memory).
-  virtual absl::StatusOr<std::vector<double>> TimeProduct(int product, int rows,
-                                                          int repetitions) const = 0;
-  // The same once, with a clock read at every operator.
+  // The pass that was run last, once more with a clock read at every operator.
   virtual absl::StatusOr<std::vector<OperatorTime>> Breakdown(Workspace& workspace) const = 0;
+  // The shapes of the model's products.
+  virtual std::vector<ProductShape> Products() const = 0;
+  // Seconds of a product of that shape alone for `rows` rows, its barrier of the grid included, in
+  // passes over the products of that shape in all layers (the weights of one come from memory).
+  virtual absl::StatusOr<std::vector<double>> TimeProduct(const ProductShape& shape, int rows,
+                                                          int repetitions) const = 0;
 };
 
 // dtype: of weights and activations, kBF16 or kF32. Matrices without data (PackedMatrix::Blank) get

@@ -1,10 +1,10 @@
 #include "models/loader.h"
 
+#include <charconv>
 #include <span>
 #include <string_view>
 #include <utility>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_join.h"
 #include "models/architectures.h"
 #include "models/synthetic.h"
@@ -43,6 +43,15 @@ absl::StatusOr<const Architecture*> FindArchitecture(const HfConfig& config) {
       absl::StrCat(config.Where("model_type"), " is ", type, "; Canopy has ", known));
 }
 
+// The spec of a checkpoint, read into `host`, or of a synthetic model, whose matrices are made on
+// `synthetic_on` or, where that is null, left to the device.
+absl::StatusOr<DecoderSpec> AnySpec(CpuBackend& host, const std::string& folder,
+                                    CpuBackend* synthetic_on) {
+  if (folder.starts_with(kSyntheticPrefix)) return SyntheticSpec(folder, synthetic_on);
+  ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(host, folder));
+  return ReadSpec(checkpoint);
+}
+
 }  // namespace
 
 std::vector<std::string> ListArchitectures() {
@@ -78,7 +87,6 @@ absl::StatusOr<std::unique_ptr<LanguageModel>> LoadModel(Backend& backend,
     return absl::InvalidArgumentError(
         absl::StrCat("dtype ", std::string(dtype), ": expected auto, bf16 or f32"));
   }
-  const bool synthetic = folder.starts_with(kSyntheticPrefix);
   if (backend.kind() == DeviceKind::kCpu) {
     auto& cpu = static_cast<CpuBackend&>(backend);
     if (dtype != "auto") {
@@ -86,13 +94,7 @@ absl::StatusOr<std::unique_ptr<LanguageModel>> LoadModel(Backend& backend,
           absl::StrCat("dtype ", std::string(dtype),
                        ": the CPU keeps the checkpoint's dtype; leave it at auto"));
     }
-    DecoderSpec spec;
-    if (synthetic) {
-      ASSIGN_OR_RETURN(spec, SyntheticSpec(folder, &cpu));
-    } else {
-      ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(cpu, folder));
-      ASSIGN_OR_RETURN(spec, ReadSpec(checkpoint));
-    }
+    ASSIGN_OR_RETURN(DecoderSpec spec, AnySpec(cpu, folder, &cpu));
     absl::StatusOr<std::unique_ptr<LanguageModel>> model = MakeDecoder(cpu, std::move(spec));
     if (!model.ok()) return Annotate(model.status(), folder);
     return model;
@@ -100,16 +102,10 @@ absl::StatusOr<std::unique_ptr<LanguageModel>> LoadModel(Backend& backend,
 #ifdef CANOPY_CUDA
   // Checkpoints are read into the host's memory first.
   ASSIGN_OR_RETURN(const std::unique_ptr<CpuBackend> host, CpuBackend::Create(1));
-  DecoderSpec spec;
-  if (synthetic) {
-    ASSIGN_OR_RETURN(spec, SyntheticSpec(folder, nullptr));
-  } else {
-    ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(*host, folder));
-    ASSIGN_OR_RETURN(spec, ReadSpec(checkpoint));
-  }
-  const bool f32 = dtype == "f32" || (dtype == "auto" && spec.info.dtype == DType::kF32);
+  ASSIGN_OR_RETURN(DecoderSpec spec, AnySpec(*host, folder, nullptr));
+  const bool bf16 = dtype == "bf16" || (dtype == "auto" && spec.info.dtype == DType::kBF16);
   absl::StatusOr<std::unique_ptr<CudaModel>> model = MakeCudaDecoder(
-      static_cast<CudaBackend&>(backend), std::move(spec), f32 ? DType::kF32 : DType::kBF16);
+      static_cast<CudaBackend&>(backend), std::move(spec), bf16 ? DType::kBF16 : DType::kF32);
   if (!model.ok()) return Annotate(model.status(), folder);
   return std::unique_ptr<LanguageModel>(*std::move(model));
 #else
@@ -117,20 +113,30 @@ absl::StatusOr<std::unique_ptr<LanguageModel>> LoadModel(Backend& backend,
 #endif
 }
 
+absl::StatusOr<DeviceName> ParseDevice(std::string_view text) {
+  if (text == "cpu") return DeviceName{DeviceKind::kCpu};
+  if (text == "cuda") return DeviceName{DeviceKind::kCuda};
+  constexpr std::string_view kNumbered = "cuda:";
+  int number = 0;
+  const char* end = text.data() + text.size();
+  if (text.starts_with(kNumbered)) {
+    const auto [rest, error] = std::from_chars(text.data() + kNumbered.size(), end, number);
+    if (error == std::errc() && rest == end && number >= 0) {
+      return DeviceName{DeviceKind::kCuda, number};
+    }
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("device ", std::string(text), ": expected cpu, cuda or cuda:N"));
+}
+
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(std::string_view device, int threads) {
-  if (device == "cpu") {
+  ASSIGN_OR_RETURN(const DeviceName name, ParseDevice(device));
+  if (name.kind == DeviceKind::kCpu) {
     ASSIGN_OR_RETURN(std::unique_ptr<CpuBackend> cpu, CpuBackend::Create(threads));
     return std::unique_ptr<Backend>(std::move(cpu));
   }
-  int number = 0;
-  const bool cuda = device == "cuda" || (device.starts_with("cuda:") &&
-                                         absl::SimpleAtoi(std::string(device.substr(5)), &number));
-  if (!cuda) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("device ", std::string(device), ": expected cpu, cuda or cuda:N"));
-  }
 #ifdef CANOPY_CUDA
-  ASSIGN_OR_RETURN(std::unique_ptr<CudaBackend> backend, CudaBackend::Create(number));
+  ASSIGN_OR_RETURN(std::unique_ptr<CudaBackend> backend, CudaBackend::Create(name.number));
   return std::unique_ptr<Backend>(std::move(backend));
 #else
   return absl::InvalidArgumentError(

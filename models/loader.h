@@ -21,15 +21,23 @@ namespace canopy {
 // for an architecture, RoPE type or activation that Canopy does not have (with what it has).
 //
 // A folder "synthetic:NAME" is a model of a published shape with random weights
-// (models/synthetic.h). dtype: of weights and activations on a GPU, "auto" (the checkpoint's, bf16
-// for f16), "bf16" or "f32". The CPU keeps the checkpoint's and takes "auto" alone.
+// (models/synthetic.h). dtype: of weights and activations on a GPU: "bf16", "f32", or "auto", bf16
+// for a bf16 checkpoint and f32 for others, so that no weight is rounded. The CPU keeps the
+// checkpoint's and takes "auto" alone.
 absl::StatusOr<std::unique_ptr<LanguageModel>> LoadModel(Backend& backend,
                                                          const std::string& folder,
                                                          std::string_view dtype = "auto");
 
-// "cpu", "cuda" or "cuda:N". threads: of the CPU, 0 for one a core. InvalidArgument for another
-// name or where this build is without CUDA; NotFound and FailedPrecondition where the device is
-// missing or does not fit.
+struct DeviceName {
+  DeviceKind kind = DeviceKind::kCpu;
+  int number = 0;
+};
+// "cpu", "cuda" (the first one) or "cuda:N". InvalidArgument for anything else.
+absl::StatusOr<DeviceName> ParseDevice(std::string_view text);
+
+// The device of that name. threads: of the CPU, 0 for one a core. InvalidArgument for another name
+// or where this build is without CUDA; NotFound and FailedPrecondition where the device is missing
+// or does not fit.
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(std::string_view device, int threads);
 
 // The same without building the model: config and tensors into a spec.

@@ -23,8 +23,9 @@ struct Shape {
   bool tied;
 };
 
-// Sizes are those of the named checkpoints' config.json. mamba2-llama3-8b-hybrid is the Mamba-2
-// distillation of Llama-3-8B of arXiv 2408.15237 with attention in half of the layers.
+// Sizes as the named checkpoints' config.json has them. mamba2-llama3-8b-hybrid has the sizes of
+// Llama-3-8B with every other mixer a Mamba-2 one of as many columns, as in the distillations of
+// arXiv 2408.15237; theirs repeat B and C over heads, for which it has 8 groups.
 constexpr Shape kShapes[] = {
     {"mamba2-130m", "state-spaces/mamba2-130m", 24, 768, 50288, 24, 64, 1, 128, 0, 0, 0, 0, 0, 0,
      true},
@@ -34,7 +35,7 @@ constexpr Shape kShapes[] = {
      false},
     {"bamba-9b", "ibm-ai-platform/Bamba-9B-v1", 32, 4096, 128256, 128, 64, 1, 128, 9, 9, 32, 8, 128,
      14336, false},
-    {"mamba2-llama3-8b-hybrid", "JunxiongWang/Llama3.2-Mamba2 distillations, half attention", 32,
+    {"mamba2-llama3-8b-hybrid", "Llama-3-8B, half of the mixers Mamba-2 (arXiv 2408.15237)", 32,
      4096, 128256, 32, 128, 8, 128, 2, 1, 32, 8, 128, 14336, false},
 };
 

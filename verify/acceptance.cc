@@ -1,5 +1,7 @@
 #include "verify/acceptance.h"
 
+#include <cmath>
+
 #include "absl/strings/str_join.h"
 #include "verify/recursive_rejection.h"
 
@@ -34,6 +36,7 @@ void FollowTokens(const TokenTree& tree, int64_t position, Choose&& choose, Acce
 class GreedyRule final : public AcceptanceRule {
  public:
   std::string_view name() const override { return "greedy"; }
+  bool NeedsGreatestOnly(const SamplingOptions&) const override { return true; }
   bool lossless() const override { return true; }
 
   absl::Status Accept(const DraftTree& draft, const TargetScores& scores,
@@ -54,6 +57,7 @@ class GreedyRule final : public AcceptanceRule {
 class RecursiveRule final : public AcceptanceRule {
  public:
   std::string_view name() const override { return "recursive"; }
+  bool NeedsGreatestOnly(const SamplingOptions&) const override { return false; }
   bool lossless() const override { return true; }
 
   absl::Status Accept(const DraftTree& draft, const TargetScores& scores,
@@ -72,6 +76,9 @@ class RecursiveRule final : public AcceptanceRule {
 class GumbelRule final : public AcceptanceRule {
  public:
   std::string_view name() const override { return "gumbel"; }
+  bool NeedsGreatestOnly(const SamplingOptions& sampling) const override {
+    return sampling.temperature == 0.0;
+  }
   bool lossless() const override { return true; }
 
   absl::Status Accept(const DraftTree& draft, const TargetScores& scores,
@@ -110,6 +117,13 @@ constexpr RuleEntry kRules[] = {
 };
 
 }  // namespace
+
+bool TargetScores::HasNan(NodeId node) const {
+  if (!greatest.empty()) return greatest[node.value].value < 0;
+  bool nan = false;
+  for (const float logit : row(node)) nan |= std::isnan(logit);
+  return nan;
+}
 
 absl::StatusOr<std::unique_ptr<AcceptanceRule>> MakeAcceptanceRule(std::string_view name) {
   std::vector<std::string> known;

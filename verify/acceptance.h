@@ -34,6 +34,8 @@ struct TargetScores {
   TokenId Greatest(NodeId node) const {
     return greatest.empty() ? Argmax(row(node)) : greatest[node.value];
   }
+  // Whether a logit of the node is not a number.
+  bool HasNan(NodeId node) const;
 };
 
 struct Acceptance {
@@ -53,6 +55,8 @@ class AcceptanceRule {
  public:
   virtual ~AcceptanceRule() = default;
   virtual std::string_view name() const = 0;  // as in the config: "greedy", "recursive", "gumbel"
+  // Whether, with these options, the rule asks the scores for no more than Greatest.
+  virtual bool NeedsGreatestOnly(const SamplingOptions& sampling) const = 0;
   // The rule keeps the target's distribution (all that exist so far do).
   virtual bool lossless() const = 0;
   // `position` is the absolute position of node 0's token; a child's is position + 1. `out` is

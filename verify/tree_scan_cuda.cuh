@@ -9,7 +9,8 @@
 // order. The checkpoint is read once and nothing of it is written.
 //
 // Checkpoints S are stored as the tensor cores' first operand: blocks [p / 16][n / 16] of 256 f32,
-// see StateElement.
+// in which S[p, n] is element e % 4 of vector e / 4 * 32 + lane, with lane = p % 8 * 4 + n % 8 / 2
+// and e = n % 16 / 8 * 4 + p % 16 / 8 * 2 + n % 2.
 
 #ifndef CANOPY_VERIFY_TREE_SCAN_CUDA_CUH_
 #define CANOPY_VERIFY_TREE_SCAN_CUDA_CUH_
@@ -43,18 +44,10 @@ struct ScanOp {
   int norm_groups = 1;
   int group_columns = 0;     // of a norm group in act: padded to k-steps
   void* act = nullptr;       // out_proj's input, before the norm's factor
-  float* squares = nullptr;  // [kMaxRows][heads * slices]
+  float* squares = nullptr;  // [kMaxRows][heads * slices * slice / 16]
 };
 
 CANOPY_HOST_DEVICE constexpr int PadTo16(int n) { return (n + 15) / 16 * 16; }
-
-// Where S[p, n] of a head lies among its PadTo16(head_dim) * padded_d_state floats.
-CANOPY_HOST_DEVICE constexpr int StateElement(int p, int n, int padded_d_state) {
-  const int block = p / 16 * (padded_d_state / 16) + n / 16;
-  const int lane = p % 8 * 4 + n % 8 / 2;
-  const int element = n % 16 / 8 * 4 + p % 16 / 8 * 2 + n % 2;
-  return block * 256 + element / 4 * 128 + lane * 4 + element % 4;
-}
 
 // Floats between the weights of two nodes: odd, so that nodes lie in different banks.
 inline constexpr int kWeightStride = 65;
@@ -64,8 +57,9 @@ inline constexpr int kRowPad = 8;
 // Shared memory of the scan, in bytes, for buckets of `rows` rows.
 template <typename T>
 struct ScanLayout {
-  // b, c: of new nodes; ring_b, ring_u: of the prefix's last 64 positions; pending_u, which takes
-  // the place of c and b once those are used up; raw: the convolution's inputs of `chunk` channels.
+  // b, c: of new nodes; ring_b, ring_u: of the prefix's last kRing positions; pending_u, which
+  // takes the place of c and b once those are used up; raw: the convolution's inputs of `chunk`
+  // channels.
   int c, b, pending_u, ring_b, ring_u, x, raw, weights, decay, dt, factor, end;
   int chunk;
 
@@ -77,8 +71,8 @@ struct ScanLayout {
     const int first = b + rows * row_bytes;
     const int second = kMaxRows * slice * 4;
     ring_b = first > second ? first : second;
-    ring_u = ring_b + 64 * row_bytes;
-    x = ring_u + 64 * slice * 4;
+    ring_u = ring_b + kRing * row_bytes;
+    x = ring_u + kRing * slice * 4;
     weights = x + rows * slice * static_cast<int>(sizeof(T));
     // The raw inputs lie where weights will be, and where those are small, in more room.
     raw = weights;
@@ -86,7 +80,7 @@ struct ScanLayout {
     const int raw_bytes = rows * chunk * 4;
     const int weight_bytes = rows * kWeightStride * 4;
     decay = weights + (raw_bytes > weight_bytes ? raw_bytes : weight_bytes);
-    dt = decay + (64 + kMaxRows) * 4;
+    dt = decay + (kRing + kMaxRows) * 4;
     factor = dt + kMaxRows * 4;
     end = factor + kMaxRows * 4;
   }
@@ -141,7 +135,7 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
   const int ds = op.padded_d_state;
   const int c_stride = ds + kRowPad;
   const int rows = nodes.rows;
-  const int new_rows = 64 + nodes.first_pending;  // stored rows before those of this pass
+  const int new_rows = kRing + nodes.first_pending;  // stored rows before those of this pass
   const int end_rows = new_rows + rows;
   const bool first_of_group = head % (op.heads / op.groups) == 0 && slice == 0;
 
@@ -156,7 +150,7 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
     constexpr int kPer16 = 16 / sizeof(T);
     const int vectors = ds / kPer16;
 #pragma unroll 1
-    for (int i = tid; i < 64 * vectors; i += kConsumers) {
+    for (int i = tid; i < kRing * vectors; i += kConsumers) {
       const int r = i / vectors, n = i % vectors * kPer16;
       CopyAsync16(ring_b + r * c_stride + n,
                   store.b + (static_cast<int64_t>(r) * op.groups + group) * ds + n);
@@ -164,7 +158,7 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
     if (inner % 4 == 0 && op.head_dim % 4 == 0) {
       const int quads = op.slice / 4;
 #pragma unroll 1
-      for (int i = tid; i < 64 * quads; i += kConsumers) {
+      for (int i = tid; i < kRing * quads; i += kConsumers) {
         const int r = i / quads, p = i % quads * 4;
         if (p < dims) {
           CopyAsync16(ring_u + r * op.slice + p,
@@ -173,7 +167,7 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
       }
     } else {
 #pragma unroll 1
-      for (int i = tid; i < 64 * op.slice; i += kConsumers) {
+      for (int i = tid; i < kRing * op.slice; i += kConsumers) {
         const int r = i / op.slice, p = i % op.slice;
         if (p < dims) ring_u[i] = store.u[static_cast<int64_t>(r) * inner + first_x + p];
       }
@@ -318,11 +312,11 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
 #pragma unroll 1
   for (int row = tid; row < rows; row += kConsumers) {
     const int t = nodes.position[row];
-    const int segment = t / 32 * 32;
+    const int segment = t / kSegment * kSegment;
     float l = 0.0f;
     int next = segment;  // position
     if (segment < nodes.prefix) {
-      l = decay[(nodes.prefix - 1) % 64];
+      l = decay[(nodes.prefix - 1) % kRing];
       next = nodes.prefix;
     }
 #pragma unroll 1
@@ -330,10 +324,10 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
       const int node = nodes.path[row][p - nodes.prefix];
       // Of the earlier pending nodes the stored value is the sum so far.
       if (node < nodes.first_pending) {
-        l = decay[64 + node];
+        l = decay[kRing + node];
       } else {
         const float step = dt[node - nodes.first_pending] * a;
-        l = p % 32 == 0 ? step : l + step;
+        l = p % kSegment == 0 ? step : l + step;
       }
     }
     store.l[static_cast<int64_t>(new_rows + row) * op.heads + head] = l;
@@ -348,7 +342,7 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
   for (int tile = warp; tile < (end_rows + 7) / 8; tile += kConsumerWarps) {
     const int j = tile * 8 + lane / 4;  // the stored row whose B this lane loads
     const T* from = nullptr;
-    if (j < 64) {
+    if (j < kRing) {
       from = ring_b + j * c_stride;
     } else if (j < new_rows) {
       from = store.b + (static_cast<int64_t>(j) * op.groups + group) * ds;
@@ -381,13 +375,13 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
     for (int half = 0; half < 2; ++half) {
       const int stored = tile * 8 + lane % 4 * 2 + half;
       int position = -1;
-      if (stored < 64) {
+      if (stored < kRing) {
         // The latest position of the prefix that has this place in the ring.
-        position = (nodes.prefix - 1) / 64 * 64 + stored;
-        if (position >= nodes.prefix) position -= 64;
+        position = (nodes.prefix - 1) / kRing * kRing + stored;
+        if (position >= nodes.prefix) position -= kRing;
         if (nodes.prefix == 0) position = -1;
       } else if (stored < end_rows) {
-        position = nodes.prefix + nodes.depth[stored - 64];
+        position = nodes.prefix + nodes.depth[stored - kRing];
       }
       if (position < 0) continue;
 #pragma unroll
@@ -396,7 +390,7 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
         for (int high = 0; high < 2; ++high) {
           const int row = m * 16 + lane / 4 + high * 8;
           if (row >= rows || position < nodes.checkpoint[row]) continue;
-          if (stored >= 64 && !(nodes.path_mask[row] >> (stored - 64) & 1)) continue;
+          if (stored >= kRing && !(nodes.path_mask[row] >> (stored - kRing) & 1)) continue;
           weights[row * kWeightStride + position - nodes.checkpoint[row]] =
               scores[m][high * 2 + half];
         }
@@ -412,14 +406,15 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
   // weights = exp(difference of log decays) * score. Across the segment boundary the first
   // segment's rest and the node's own part are added.
   const auto stored_row = [&](int row, int position) {
-    return position < nodes.prefix ? position % 64 : 64 + nodes.path[row][position - nodes.prefix];
+    return position < nodes.prefix ? position % kRing
+                                   : kRing + nodes.path[row][position - nodes.prefix];
   };
 #pragma unroll 1
-  for (int i = tid; i < rows * 64; i += kConsumers) {
-    const int row = i / 64, j = i % 64;
+  for (int i = tid; i < rows * kRing; i += kConsumers) {
+    const int row = i / kRing, j = i % kRing;
     const int t = nodes.position[row], start = nodes.checkpoint[row];
     if (start + j > t) continue;
-    const int segment = t / 32 * 32;
+    const int segment = t / kSegment * kSegment;
     const float node_decay = decay[new_rows + row];
     const float lj = decay[stored_row(row, start + j)];
     float exponent;
@@ -434,9 +429,10 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
   // The state term S C_i, for each of the two checkpoints that a node of the pass reads.
   float y[kMost][4] = {};
 #pragma unroll 1
-  for (int position = nodes.first_checkpoint; position <= nodes.last_checkpoint; position += 32) {
+  for (int position = nodes.first_checkpoint; position <= nodes.last_checkpoint;
+       position += kSegment) {
     if (position == 0 || !has_tile) continue;
-    const float* state = store.checkpoints[position / 32 % 2] + tile_floats;
+    const float* state = store.checkpoints[position / kSegment % 2] + tile_floats;
     float term[kMost][4] = {};
 #pragma unroll 1
     for (int n0 = 0; n0 < ds; n0 += 64) {
@@ -493,7 +489,7 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
       starts[k][half] = there ? nodes.checkpoint[row] : INT32_MAX;
       w[k][half] = weights + (there ? row * kWeightStride - nodes.checkpoint[row] : 0);
       if (!there) continue;
-      const int segment = nodes.position[row] / 32 * 32;
+      const int segment = nodes.position[row] / kSegment * kSegment;
       float exponent = decay[new_rows + row];
       if (segment > nodes.checkpoint[row]) exponent += decay[stored_row(row, segment - 1)];
       const float state_decay = expf(exponent);
@@ -505,10 +501,10 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
 
   // u of pending rows, and of the new ones into the store.
 #pragma unroll 1
-  for (int i = tid; i < (end_rows - 64) * op.slice; i += kConsumers) {
+  for (int i = tid; i < (end_rows - kRing) * op.slice; i += kConsumers) {
     const int k = i / op.slice, p = i % op.slice;
     if (p >= dims) continue;
-    const int64_t at = static_cast<int64_t>(64 + k) * inner + first_x + p;
+    const int64_t at = static_cast<int64_t>(kRing + k) * inner + first_x + p;
     if (k >= nodes.first_pending) {
       const int row = k - nodes.first_pending;
       const float value = dt[row] * ToFloat(x[row * op.slice + p]);
@@ -524,7 +520,7 @@ __device__ __noinline__ void ScanSlice(const ScanOp& op, const PassNodes& nodes,
     // The path sum: first the prefix's positions, which all nodes share, then each node's own.
 #pragma unroll 4
   for (int position = nodes.first_checkpoint; position < nodes.prefix; ++position) {
-    const float* from = ring_u + position % 64 * op.slice + p0;
+    const float* from = ring_u + position % kRing * op.slice + p0;
     const float u0 = from[0], u1 = from[8];
 #pragma unroll
     for (int k = 0; k < kMost; ++k) {
@@ -661,13 +657,13 @@ __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes) {
         bytes = part_bytes;
       } else if (kind == 9) {
         base = store.b + group * ds;
-        count = 64, stride = int64_t{op.groups} * ds * sizeof(T), bytes = ds * sizeof(T);
+        count = kRing, stride = int64_t{op.groups} * ds * sizeof(T), bytes = ds * sizeof(T);
       } else if (kind == 10) {
         base = store.u + first_x;
-        count = 64, stride = int64_t{inner} * 4, bytes = dims * 4;
+        count = kRing, stride = int64_t{inner} * 4, bytes = dims * 4;
       } else if (kind == 11) {
         base = store.l + head;
-        count = 64 + nodes.first_pending, stride = int64_t{op.heads} * 4;
+        count = kRing + nodes.first_pending, stride = int64_t{op.heads} * 4;
       } else if (kind == 12) {
         base = op.norm_weight + first_x;
         bytes = dims * 4;
@@ -677,7 +673,7 @@ __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes) {
       } else {
         const int position = kind == 14 ? nodes.first_checkpoint : nodes.last_checkpoint;
         if (position == 0 || (kind == 15 && position == nodes.first_checkpoint)) continue;
-        base = store.checkpoints[position / 32 % 2] +
+        base = store.checkpoints[position / kSegment % 2] +
                static_cast<int64_t>(head) * PadTo16(op.head_dim) * ds + int64_t{first_dim} * ds;
         bytes = PadTo16(dims) * ds * 4;
       }
@@ -731,9 +727,9 @@ __global__ void CommitRowsKernel(const CommitLayer<T>* layers, CommitPath path) 
   const int i = blockIdx.x;
   const int position = path.position + i, node = path.node[i];
   if (layer.heads > 0) {
-    CopyRow(layer.store.u, layer.u_columns, 64 + node, position % 64);
-    CopyRow(layer.store.b, layer.b_columns, 64 + node, position % 64);
-    CopyRow(layer.store.l, layer.heads, 64 + node, position % 64);
+    CopyRow(layer.store.u, layer.u_columns, kRing + node, position % kRing);
+    CopyRow(layer.store.b, layer.b_columns, kRing + node, position % kRing);
+    CopyRow(layer.store.l, layer.heads, kRing + node, position % kRing);
     if (i >= path.length - layer.taps) {
       CopyRow(layer.store.conv, layer.channels, layer.taps + node, position % layer.taps);
     }
@@ -748,7 +744,7 @@ struct FoldShape {
   int heads, head_dim, groups, d_state, padded_d_state;
 };
 
-// Folds the segment of 32 positions that begins at `segment` into the next checkpoint:
+// Folds the segment of kSegment positions that begins at `segment` into the next checkpoint:
 // S <- exp(l_last) S + sum over k of exp(l_last - l_k) u_k B_k^T, k in order. A block for each head
 // (x) of each SSD layer (y).
 template <typename T>
@@ -760,17 +756,17 @@ __global__ void FoldKernel(const CommitLayer<T>* layers, const FoldShape* shapes
   extern __shared__ float fold_shared[];
   const int padded = PadTo16(shape.head_dim);
   const int ds = shape.padded_d_state;
-  float* u = fold_shared;      // [32][padded head_dim], times the weight of its position
-  float* b = u + 32 * padded;  // [32][ds]
-  const int first = segment % 64;
+  float* u = fold_shared;            // [kSegment][padded head_dim], times its position's weight
+  float* b = u + kSegment * padded;  // [kSegment][ds]
+  const int first = segment % kRing;
   const LayerStore<T>& store = layer.store;
   const int group = head / (shape.heads / shape.groups);
   const auto decay = [&](int k) {
     return store.l[static_cast<int64_t>(first + k) * shape.heads + head];
   };
-  const float last = decay(31);
+  const float last = decay(kSegment - 1);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 32 * padded; i += blockDim.x) {
+  for (int i = threadIdx.x; i < kSegment * padded; i += blockDim.x) {
     const int k = i / padded, p = i % padded;
     float value = 0.0f;
     if (p < shape.head_dim) {
@@ -780,14 +776,15 @@ __global__ void FoldKernel(const CommitLayer<T>* layers, const FoldShape* shapes
     u[i] = expf(last - decay(k)) * value;
   }
 #pragma unroll 1
-  for (int i = threadIdx.x; i < 32 * ds; i += blockDim.x) {
+  for (int i = threadIdx.x; i < kSegment * ds; i += blockDim.x) {
     const int k = i / ds, n = i % ds;
     b[i] = ToFloat(store.b[(static_cast<int64_t>(first + k) * shape.groups + group) * ds + n]);
   }
   __syncthreads();
   const float* from =
-      store.checkpoints[segment / 32 % 2] + static_cast<int64_t>(head) * padded * ds;
-  float* to = store.checkpoints[(segment / 32 + 1) % 2] + static_cast<int64_t>(head) * padded * ds;
+      store.checkpoints[segment / kSegment % 2] + static_cast<int64_t>(head) * padded * ds;
+  float* to =
+      store.checkpoints[(segment / kSegment + 1) % 2] + static_cast<int64_t>(head) * padded * ds;
   const float state_decay = expf(last);
 #pragma unroll 1
   for (int quad = threadIdx.x; quad < padded * ds / 4; quad += blockDim.x) {
@@ -797,7 +794,7 @@ __global__ void FoldKernel(const CommitLayer<T>* layers, const FoldShape* shapes
     float4 s = reinterpret_cast<const float4*>(from)[quad];
     s = make_float4(state_decay * s.x, state_decay * s.y, state_decay * s.z, state_decay * s.w);
 #pragma unroll 1
-    for (int k = 0; k < 32; ++k) {
+    for (int k = 0; k < kSegment; ++k) {
       const float u0 = u[k * padded + p], u1 = u[k * padded + p + 8];
       const float b0 = b[k * ds + n], b1 = b[k * ds + n + 1];
       s.x = fmaf(u0, b0, s.x);

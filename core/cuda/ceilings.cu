@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/cuda/ceilings.h"
+#include "core/cuda/timing.h"
 
 namespace canopy {
 namespace {
@@ -35,26 +36,18 @@ __global__ void __launch_bounds__(512)
   if (sum == 0x12345678u) *sink = sum;  // so that nothing is left out
 }
 
-// Median of `repetitions` calls of launch(i), each between events.
+// Median of `repetitions` calls of launch(i), behind three that are not counted.
 template <typename F>
 absl::StatusOr<double> MedianSeconds(CudaBackend& cuda, int repetitions, const F& launch) {
-  std::vector<cudaEvent_t> events(repetitions + 1);
-  for (cudaEvent_t& event : events) RETURN_IF_CUDA_ERROR(cudaEventCreate(&event), "making events");
-  for (int i = 0; i < 3; ++i) RETURN_IF_ERROR(launch(i));
-  RETURN_IF_CUDA_ERROR(cudaEventRecord(events[0], cuda.stream()), "recording an event");
-  for (int i = 0; i < repetitions; ++i) {
-    RETURN_IF_ERROR(launch(i));
-    RETURN_IF_CUDA_ERROR(cudaEventRecord(events[i + 1], cuda.stream()), "recording an event");
-  }
-  RETURN_IF_ERROR(cuda.Synchronize());
-  std::vector<float> times(repetitions);
-  for (int i = 0; i < repetitions; ++i) {
-    RETURN_IF_CUDA_ERROR(cudaEventElapsedTime(&times[i], events[i], events[i + 1]),
-                         "reading an event");
-  }
-  for (cudaEvent_t event : events) cudaEventDestroy(event);
+  RETURN_IF_ERROR(TimeEach(cuda, 3, launch).status());
+  ASSIGN_OR_RETURN(std::vector<double> times, TimeEach(cuda, repetitions, launch));
   std::nth_element(times.begin(), times.begin() + repetitions / 2, times.end());
-  return 1e-3 * times[repetitions / 2];
+  return times[repetitions / 2];
+}
+
+absl::Status Fill(CudaBackend& cuda, const Buffer& buffer) {
+  FillKernel<<<1024, 256, 0, cuda.stream()>>>(buffer.as<uint32_t>(), buffer.bytes() / 4);
+  return CudaStatus(cudaGetLastError(), "making random numbers");
 }
 
 }  // namespace
@@ -65,7 +58,7 @@ absl::StatusOr<double> MeasureReadBandwidth(CudaBackend& cuda) {
   const size_t bytes = std::min<size_t>(size_t{4} << 30, available / 2) / 4096 * 4096;
   ASSIGN_OR_RETURN(const Buffer buffer, cuda.Allocate(bytes));
   ASSIGN_OR_RETURN(const Buffer sink, cuda.Allocate(4));
-  FillKernel<<<1024, 256, 0, cuda.stream()>>>(buffer.as<uint32_t>(), bytes / 4);
+  RETURN_IF_ERROR(Fill(cuda, buffer));
   ASSIGN_OR_RETURN(const double seconds, MedianSeconds(cuda, 20, [&](int) {
                      ReadKernel<<<4 * cuda.multiprocessors(), 512, 0, cuda.stream()>>>(
                          buffer.as<uint4>(), bytes / 16, sink.as<uint32_t>());
@@ -100,9 +93,6 @@ absl::StatusOr<double> TimeCublasProduct(CudaBackend& cuda, int rows, int out, i
   if (create == nullptr || destroy == nullptr || set_stream == nullptr || gemm == nullptr) {
     return absl::NotFoundError("the cuBLAS that was loaded lacks cublasGemmEx");
   }
-  cublasHandle_t handle = nullptr;
-  if (create(&handle) != CUBLAS_STATUS_SUCCESS) return absl::InternalError("cuBLAS: no handle");
-  set_stream(handle, cuda.stream());
   // Several copies of the weights, so that none is still in the cache.
   const int64_t elements = int64_t{out} * in;
   const int copies = static_cast<int>(std::clamp<int64_t>(
@@ -110,8 +100,11 @@ absl::StatusOr<double> TimeCublasProduct(CudaBackend& cuda, int rows, int out, i
   ASSIGN_OR_RETURN(const Buffer w, cuda.Allocate(2 * elements * copies));
   ASSIGN_OR_RETURN(const Buffer x, cuda.Allocate(size_t{2} * rows * in));
   ASSIGN_OR_RETURN(const Buffer y, cuda.Allocate(size_t{2} * rows * out));
-  FillKernel<<<1024, 256, 0, cuda.stream()>>>(w.as<uint32_t>(), elements * copies / 2);
-  FillKernel<<<64, 256, 0, cuda.stream()>>>(x.as<uint32_t>(), int64_t{rows} * in / 2);
+  RETURN_IF_ERROR(Fill(cuda, w));
+  RETURN_IF_ERROR(Fill(cuda, x));
+  cublasHandle_t handle = nullptr;
+  if (create(&handle) != CUBLAS_STATUS_SUCCESS) return absl::InternalError("cuBLAS: no handle");
+  set_stream(handle, cuda.stream());
   const float one = 1.0f, zero = 0.0f;
   const absl::StatusOr<double> seconds = MedianSeconds(cuda, repetitions, [&](int i) {
     const auto* weights = w.as<__nv_bfloat16>() + elements * (i % copies);

@@ -3,9 +3,10 @@
 //
 // A pass is one launch of one persistent kernel (models/pass_kernel.cuh), a block on every
 // multiprocessor. It walks a list of operators with a barrier of the whole grid between them.
-// Blocks have eight warps that compute and two that copy: one streams weights, in an order that is
-// fixed when the model is loaded, into a ring of slots in shared memory and so runs ahead of the
-// operators as far as the ring is long; one brings activations once they are there.
+// Blocks have eight warps that compute and three that bring data: one streams weights, in an order
+// that is fixed when the model is loaded, into a ring of slots in shared memory and so runs ahead
+// of the operators as far as the ring is long; one brings activations once they are there; one
+// brings into the cache what the next scan reads.
 //
 // Activations that a matrix product reads are kept as the tensor cores want them:
 //   act [k_steps][rows of the bucket][16]   T, k-step s holds columns 16 s to 16 s + 15 in the
@@ -18,6 +19,9 @@
 
 #include <cstdint>
 
+#include "core/decode_state.h"
+#include "core/language_model.h"
+
 #ifdef __CUDACC__
 #define CANOPY_HOST_DEVICE __host__ __device__
 #else
@@ -28,10 +32,9 @@ namespace canopy::cuda {
 
 inline constexpr int kMaxRows = 64;  // nodes of a pass
 inline constexpr int kMaxTaps = 7;   // of a causal convolution, besides a node's own input
-inline constexpr int kMaxTop = 32;   // greatest logits that are selected on the device
 inline constexpr int kConsumerWarps = 8;
 inline constexpr int kConsumers = 32 * kConsumerWarps;
-// And four warps that copy (two of them idle): registers are given to groups of four warps.
+// And four warps that bring data, one of them idle: registers are given to groups of four warps.
 inline constexpr int kBlockThreads = kConsumers + 128;
 
 // Where column `k` of a k-step's 16 lies, so that a lane's operand is contiguous.
@@ -39,15 +42,15 @@ CANOPY_HOST_DEVICE constexpr int ActivationSlot(int k) {
   return (k & 7) / 2 * 4 + (k >> 3) * 2 + (k & 1);
 }
 
-// One sequence's storage of one layer. Row p % 64 of u, b and l holds position p of the prefix, row
-// 64 + k pending node k. Row p % (kernel - 1) of conv holds position p, row kernel - 1 + k pending
-// node k. Rows of k and v: positions, then pending nodes.
+// One sequence's storage of one layer. Row p % kRing of u, b and l holds position p of the prefix,
+// row kRing + k pending node k. Row p % (kernel - 1) of conv holds position p, row kernel - 1 + k
+// pending node k. Rows of k and v: positions, then pending nodes.
 template <typename T>
 struct LayerStore {
   float* checkpoints[2];  // S in operand order, see verify/tree_scan_cuda.cuh
-  float* u;               // [64 + pending, heads * head_dim]
-  T* b;                   // [64 + pending, groups * padded d_state]
-  float* l;               // [64 + pending, heads]
+  float* u;               // [kRing + pending, heads * head_dim]
+  T* b;                   // [kRing + pending, groups * padded d_state]
+  float* l;               // [kRing + pending, heads]
   float* conv;            // [kernel - 1 + pending, channels]
   T* k;                   // [positions + pending, kv_heads * head_dim]
   T* v;

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
@@ -15,78 +14,26 @@
 #include "core/cuda_backend.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "models/golden.h"
 #include "models/loader.h"
 #include "tests/support/random_model.h"
+#include "tests/support/session.h"
 #include "trees/token_tree.h"
 #include "verify/sampling.h"
 
 namespace canopy {
 namespace {
 
+using testing::CopyRows;
 using ::testing::HasSubstr;
 using testing::MakeRandomModel;
 using testing::MakeRandomSpec;
 using testing::RandomModelOptions;
 using testing::RandomTokens;
 using testing::RandomTree;
-
-using Row = std::vector<float>;
-using Rows = std::vector<Row>;
-
-bool SameBits(const Row& a, const Row& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
-
-Rows CopyRows(ConstMatrix logits) {
-  Rows rows;
-  for (int r = 0; r < logits.rows; ++r) {
-    rows.emplace_back(logits.row(r), logits.row(r) + logits.columns);
-  }
-  return rows;
-}
-
-// A sequence of a model; every call fails the test on error.
-class Session {
- public:
-  explicit Session(const LanguageModel& model, int max_positions = 512) : model_(model) {
-    auto state = model.NewState({.max_positions = max_positions, .max_pending = 64});
-    auto workspace = model.NewWorkspace(128);
-    EXPECT_TRUE(state.ok() && workspace.ok()) << state.status() << workspace.status();
-    state_ = *std::move(state);
-    workspace_ = *std::move(workspace);
-  }
-
-  DecodeState& state() { return *state_; }
-  Workspace& workspace() { return *workspace_; }
-
-  void Prefill(std::span<const TokenId> tokens) {
-    if (tokens.empty()) return;
-    Run({.state = state_.get(), .tokens = tokens, .logits = LogitsOf::kNone, .commit_chain = true});
-  }
-  Rows Score(std::span<const TokenId> tokens, std::span<const NodeId> parents) {
-    return Run({.state = state_.get(), .tokens = tokens, .parents = parents});
-  }
-  Rows Score(const TokenTree& tree) { return Score(tree.tokens(), tree.parents()); }
-  Row Step(TokenId token) {
-    const NodeId parent = kPrefix;
-    const Rows rows = Score({&token, 1}, {&parent, 1});
-    const NodeId node(0);
-    EXPECT_TRUE(state_->Commit({&node, 1}).ok());
-    return rows.empty() ? Row() : rows[0];
-  }
-
- private:
-  Rows Run(const ForwardItem& item) {
-    auto result = model_.Forward({&item, 1}, *workspace_);
-    EXPECT_TRUE(result.ok()) << result.status();
-    return result.ok() ? CopyRows(result->logits) : Rows();
-  }
-
-  const LanguageModel& model_;
-  std::unique_ptr<DecodeState> state_;
-  std::unique_ptr<Workspace> workspace_;
-};
+using testing::Rows;
+using testing::SameBits;
+using testing::Session;
+using testing::TokenByToken;
 
 struct Case {
   std::string name;
@@ -169,30 +116,6 @@ class DecoderCuda : public OnDevice, public ::testing::WithParamInterface<Param>
     vocab_ = GetParam().model.options.vocab;
   }
 
-  // The logits after context + the path to each node, token by token from an empty state.
-  Rows TokenByToken(const std::vector<TokenId>& context, const TokenTree& tree) {
-    Session plain(*model_);
-    for (TokenId token : context) plain.Step(token);
-    Rows rows(tree.size());
-    for (int i = 0; i < tree.size(); ++i) {
-      if (tree.first_child(NodeId(i)) != kPrefix) continue;  // a leaf's path covers its ancestors
-      auto fork = plain.state().Fork();
-      EXPECT_TRUE(fork.ok());
-      for (NodeId node : tree.Path(NodeId(i))) {
-        const TokenId token = tree.token(node);
-        const NodeId parent = kPrefix;
-        const ForwardItem item{
-            .state = fork->get(), .tokens = {&token, 1}, .parents = {&parent, 1}};
-        auto result = model_->Forward({&item, 1}, plain.workspace());
-        EXPECT_TRUE(result.ok()) << result.status();
-        rows[node.value] = CopyRows(result->logits)[0];
-        const NodeId first(0);
-        EXPECT_TRUE((*fork)->Commit({&first, 1}).ok());
-      }
-    }
-    return rows;
-  }
-
   std::unique_ptr<CudaModel> model_;
   int vocab_ = 0;
 };
@@ -230,7 +153,7 @@ TEST_P(DecoderCuda, TreeEqualsTokenByToken) {
     Session session(*model_);
     session.Prefill(context);
     const Rows tree_rows = session.Score(tree);
-    const Rows plain = TokenByToken(context, tree);
+    const Rows plain = TokenByToken(*model_, context, tree);
     for (int i = 0; i < tree.size(); ++i) {
       EXPECT_TRUE(SameBits(tree_rows[i], plain[i])) << "node " << i << " behind " << length;
     }
@@ -247,7 +170,7 @@ TEST_P(DecoderCuda, DeepestTreeCrossesSegments) {
   Session session(*model_);
   session.Prefill(context);
   const Rows rows = session.Score(tree);
-  const Rows plain = TokenByToken(context, tree);
+  const Rows plain = TokenByToken(*model_, context, tree);
   for (int i = 0; i < tree.size(); ++i) EXPECT_TRUE(SameBits(rows[i], plain[i])) << i;
 }
 

@@ -1,7 +1,6 @@
 // The logits of a node depend, to the last bit, on the token path that leads to it and on nothing
 // else.
 
-#include <cstring>
 #include <map>
 #include <memory>
 #include <random>
@@ -12,75 +11,27 @@
 #include "core/language_model.h"
 #include "gtest/gtest.h"
 #include "tests/support/random_model.h"
+#include "tests/support/session.h"
 #include "trees/token_tree.h"
 
 namespace canopy {
 namespace {
 
+using testing::CopyRows;
 using testing::MakeRandomModel;
 using testing::RandomModelOptions;
 using testing::RandomTokens;
 using testing::RandomTree;
+using testing::Row;
+using testing::Rows;
+using testing::SameBits;
+using testing::TokenByToken;
 
-using Row = std::vector<float>;
-using Rows = std::vector<Row>;
-
-Rows CopyRows(ConstMatrix logits) {
-  Rows rows;
-  for (int r = 0; r < logits.rows; ++r)
-    rows.emplace_back(logits.row(r), logits.row(r) + logits.columns);
-  return rows;
-}
-
-bool SameBits(const Row& a, const Row& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
-
-// A model with a state and a workspace; every call aborts the test on error.
-class Session {
+// With room for trees that grow beyond 64 nodes.
+class Session : public testing::Session {
  public:
-  Session(const LanguageModel& model, int max_rows) : model_(model) {
-    auto state = model.NewState({.max_positions = 512, .max_pending = 96});
-    auto workspace = model.NewWorkspace(max_rows);
-    EXPECT_TRUE(state.ok()) << state.status();
-    EXPECT_TRUE(workspace.ok()) << workspace.status();
-    state_ = *std::move(state);
-    workspace_ = *std::move(workspace);
-  }
-
-  DecodeState& state() { return *state_; }
-
-  void Prefill(std::span<const TokenId> tokens) {
-    if (tokens.empty()) return;
-    const ForwardItem item{
-        .state = state_.get(), .tokens = tokens, .logits = LogitsOf::kNone, .commit_chain = true};
-    Run(item);
-  }
-
-  Rows Score(std::span<const TokenId> tokens, std::span<const NodeId> parents) {
-    return Run({.state = state_.get(), .tokens = tokens, .parents = parents});
-  }
-  Rows Score(const TokenTree& tree) { return Score(tree.tokens(), tree.parents()); }
-
-  // One token behind the prefix, committed: plain decoding.
-  Row Step(TokenId token) {
-    const NodeId parent = kPrefix;
-    const Rows rows = Score({&token, 1}, {&parent, 1});
-    const NodeId node(0);
-    EXPECT_TRUE(state_->Commit({&node, 1}).ok());
-    return rows.at(0);
-  }
-
- private:
-  Rows Run(const ForwardItem& item) {
-    auto result = model_.Forward({&item, 1}, *workspace_);
-    EXPECT_TRUE(result.ok()) << result.status();
-    return result.ok() ? CopyRows(result->logits) : Rows();
-  }
-
-  const LanguageModel& model_;
-  std::unique_ptr<DecodeState> state_;
-  std::unique_ptr<Workspace> workspace_;
+  Session(const LanguageModel& model, int max_rows)
+      : testing::Session(model, {.max_rows = max_rows, .max_pending = 96}) {}
 };
 
 struct Case {
@@ -120,32 +71,6 @@ class BitExact : public ::testing::TestWithParam<Case> {
     vocab_ = GetParam().options.vocab;
   }
 
-  // The logits after context + the path to each node, token by token from an empty state.
-  Rows TokenByToken(const std::vector<TokenId>& context, const TokenTree& tree) {
-    Session plain(*model_, 8);
-    for (TokenId token : context) plain.Step(token);
-    Rows rows(tree.size());
-    for (int i = 0; i < tree.size(); ++i) {
-      // A leaf's path covers its ancestors, so only leaves are run.
-      if (tree.first_child(NodeId(i)) != kPrefix) continue;
-      auto fork = plain.state().Fork();
-      EXPECT_TRUE(fork.ok());
-      auto workspace = model_->NewWorkspace(1);
-      for (NodeId node : tree.Path(NodeId(i))) {
-        const TokenId token = tree.token(node);
-        const NodeId parent = kPrefix;
-        const ForwardItem item{
-            .state = fork->get(), .tokens = {&token, 1}, .parents = {&parent, 1}};
-        auto result = model_->Forward({&item, 1}, **workspace);
-        EXPECT_TRUE(result.ok()) << result.status();
-        rows[node.value] = CopyRows(result->logits).at(0);
-        const NodeId first(0);
-        EXPECT_TRUE((*fork)->Commit({&first, 1}).ok());
-      }
-    }
-    return rows;
-  }
-
   void ExpectSame(const Rows& got, const Rows& expected, const std::string& what) {
     ASSERT_EQ(got.size(), expected.size()) << what;
     for (size_t i = 0; i < got.size(); ++i) {
@@ -170,7 +95,7 @@ TEST_P(BitExact, TreeEqualsTokenByToken) {
     const TokenTree tree = RandomTree(rng, nodes, 32, vocab_);
     Session session(*model_, 64);
     session.Prefill(context);
-    ExpectSame(session.Score(tree), TokenByToken(context, tree),
+    ExpectSame(session.Score(tree), TokenByToken(*model_, context, tree),
                absl::StrCat("context ", length, ", tree ", tree.ToString()));
   }
 }
@@ -185,7 +110,8 @@ TEST_P(BitExact, DeepestTree) {
     for (int i = 0; i < 32; ++i) ASSERT_TRUE(tree.AddNode(NodeId(i / 2), TokenId(40 + i)).ok());
     Session session(*model_, 64);
     session.Prefill(context);
-    ExpectSame(session.Score(tree), TokenByToken(context, tree), absl::StrCat("context ", length));
+    ExpectSame(session.Score(tree), TokenByToken(*model_, context, tree),
+               absl::StrCat("context ", length));
     TokenId token(1);
     const NodeId parent(31);
     const ForwardItem deeper{

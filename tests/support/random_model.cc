@@ -123,7 +123,7 @@ DecoderSpec MakeRandomSpec(CpuBackend& cpu, const RandomModelOptions& options) {
 
 std::unique_ptr<LanguageModel> MakeRandomModel(CpuBackend& cpu, const RandomModelOptions& options) {
   absl::StatusOr<std::unique_ptr<LanguageModel>> model =
-      MakeDecoder(cpu, SpecMaker(cpu, options).Make());
+      MakeDecoder(cpu, MakeRandomSpec(cpu, options));
   if (!model.ok()) {
     fprintf(stderr, "%s\n", std::string(model.status().message()).c_str());
     abort();
