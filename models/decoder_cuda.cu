@@ -20,6 +20,10 @@ using cuda::kMaxRows;
 
 constexpr int kBuckets = 4;
 constexpr int kBucketRows[kBuckets] = {8, 16, 32, 64};
+// Shared memory that every operator but the scan has enough of: activations, factors of norms (of
+// as many groups of columns as fit), the first stage of a scan.
+constexpr int kLeastWorkBytes = cuda::kActRingBytes + 4 * kMaxRows * cuda::kMostNormGroups;
+static_assert(4 * kMaxRows * (2 + cuda::kMostScanColumns) <= kLeastWorkBytes);
 // Passes in flight at most: each has its own description of its nodes.
 constexpr int kInFlight = 16;
 
@@ -48,17 +52,28 @@ bool SameShape(const ProductShape& a, const ProductShape& b) {
   return a.out == b.out && a.in == b.in;
 }
 
-// A matrix as one or more products: more where its rectangles would be too large for a warp's sums.
+// A matrix in the order in which it is streamed.
 struct DeviceMatrix {
-  struct Part {
-    cuda::MatmulOp op;  // with its weights
-    int first_column;   // of the result
-  };
   Buffer weights;
-  std::vector<Part> parts;
-  int splits = 1;
-  int ld = 0;
+  Buffer counts;  // splits of each tile
+  cuda::MatmulOp op;
+  ProductShape shape;
+  int splits = 0;  // the most of a tile
+
+  cuda::Partials Sums(const float* data) const {
+    int shift = 0;
+    while (1 << shift < op.tile_subs * cuda::kUnitRows) ++shift;
+    return {data, counts.as<uint8_t>(), splits, shift, op.split_stride, op.ld};
+  }
 };
+
+std::vector<cuda::MatmulOp> ProductsOf(const std::vector<cuda::Op>& ops) {
+  std::vector<cuda::MatmulOp> products;
+  for (const cuda::Op& op : ops) {
+    if (op.kind == cuda::OpKind::kMatmul) products.push_back(op.matmul);
+  }
+  return products;
+}
 
 // Columns of a product's input, where groups are padded to whole k-steps.
 struct Columns {
@@ -116,10 +131,9 @@ class CudaWorkspace final : public Workspace {
   Buffer memory;  // activations, partial sums, scratch
   Buffer tables;  // operators of every bucket, nodes, the barrier's counter
   cuda::Op* ops[kBuckets] = {};
-  // The operators' kinds, the same in every bucket, and how many barriers of the grid stand before
-  // each of them and behind the last.
-  std::vector<cuda::OpKind> kinds;
-  std::vector<int> barriers;
+  cuda::MatmulOp* products[kBuckets] = {};  // of those
+  int product_count = 0;
+  std::vector<std::string> names;         // of the operators, the same in every bucket
   cuda::PassNodes* nodes = nullptr;       // [kInFlight]
   cuda::PassNodes* nodes_host = nullptr;  // [kInFlight], pinned
   int next_nodes = 0;
@@ -140,15 +154,6 @@ class CudaWorkspace final : public Workspace {
   // The last pass, for Repeat.
   int last_bucket = -1;
   cuda::PassArguments last;
-
-  void Describe(const std::vector<cuda::Op>& program) {
-    kinds.clear();
-    barriers.assign(1, 0);
-    for (const cuda::Op& op : program) {
-      kinds.push_back(op.kind);
-      barriers.push_back(barriers.back() + op.barrier);
-    }
-  }
 };
 
 // Cuts one allocation into aligned pieces: first all are asked for, then placed.
@@ -212,6 +217,7 @@ class CudaDecoder final : public CudaModel {
     const float* k_norm = nullptr;
     const float* inv_freq = nullptr;
     cuda::ScanOp scan;  // what does not depend on a workspace
+    int node_group = 0;
   };
 
   // Addresses in a workspace's memory, the same for every bucket but the activations.
@@ -222,7 +228,11 @@ class CudaDecoder final : public CudaModel {
     float* partials;
     float* squares;
     float* scan_squares;
-    float* q;
+    float* scan_factors;
+    T* scan_x;
+    T* scan_c;
+    float* scan_dt;
+    T* q;
     float* select_values;
     int32_t* select_tokens;
   };
@@ -230,13 +240,14 @@ class CudaDecoder final : public CudaModel {
   absl::Status CommitRows(DecodeState& state, std::span<const NodeId> path) const override;
   absl::Status CommitPath(DecodeState& state, const cuda::CommitPath& path) const;
 
-  // most_splits = 1 where the result is read as it is.
+  // whole: where the result is read as it is, and not from splits.
   absl::StatusOr<DeviceMatrix> Upload(const PackedMatrix& matrix, const Columns& columns,
-                                      int most_splits = 16);
+                                      bool whole = false);
   absl::StatusOr<const float*> Upload(const std::vector<float>& values, int padded = 0);
-  cuda::MatmulOp Plan(int m_blocks, const Columns& columns, int most_splits) const;
+  cuda::MatmulOp Plan(int units, const Columns& columns, bool whole) const;
   absl::Status PrepareScan(const SsdSpec& ssd, int layer, cuda::ScanOp* scan) const;
-  std::vector<cuda::Op> Program(int bucket, const CudaWorkspace& ws, const Places& at) const;
+  std::vector<cuda::Op> Program(int bucket, const CudaWorkspace& ws, const Places& at,
+                                std::vector<std::string>* names) const;
   void FillNodes(DecodeState& state, int rows, int first_pending, bool chain, int top,
                  std::span<const TokenId> tokens, CudaWorkspace& ws, cuda::PassNodes* nodes) const;
   absl::Status RunPass(DecodeState& state, std::span<const TokenId> tokens, int first_pending,
@@ -265,45 +276,43 @@ class CudaDecoder final : public CudaModel {
   int mixed_steps_ = 0;
   size_t partial_floats_ = 0;
   int scan_squares_ = 0;
+  int scan_width_ = 0;
+  int scan_c_width_ = 0;
+  int scan_heads_ = 0;
   int q_columns_ = 0;
   int max_rows_ = kMaxRows;
   size_t stream_bytes_ = 0;  // of weights that a pass reads
-  int shift_ = 0;
   uint64_t seed_ = 1;
   bool has_ssd_ = false;
 };
 
 template <typename T>
-cuda::MatmulOp CudaDecoder<T>::Plan(int m_blocks, const Columns& columns, int most_splits) const {
+cuda::MatmulOp CudaDecoder<T>::Plan(int units, const Columns& columns, bool whole) const {
   const int blocks = cuda_.multiprocessors();
   cuda::MatmulOp best;
   double best_cost = 0.0;
-  const int steps = columns.k_steps();
-  for (int k_groups = 1; k_groups <= std::min({most_splits, blocks, steps}); ++k_groups) {
-    // A norm's groups have factors of their own, so a split must not hold parts of two.
-    if (columns.groups > 1 && (k_groups % columns.groups != 0 || steps % k_groups != 0)) continue;
+  for (int tile_subs = 1; tile_subs <= cuda::kMostTileSubs; tile_subs *= 2) {
     cuda::MatmulOp op;
-    op.m_blocks = m_blocks;
-    op.k_steps = steps;
-    op.k_groups = k_groups;
-    op.m_groups = std::min(m_blocks, blocks / k_groups);
-    if (op.m_groups < 1) continue;
-    const int most_blocks = (m_blocks + op.m_groups - 1) / op.m_groups;
-    for (op.warp_m = 1; op.warp_m <= cuda::kConsumerWarps; op.warp_m *= 2) {
-      const bool sums_fit = most_blocks <= cuda::kWarpBlocks * op.warp_m;
-      if (sums_fit && cuda::StepsPerSlot<T>(op, kMaxRows / 8) > 0) break;
-    }
-    if (op.warp_m > cuda::kConsumerWarps) continue;
-    // Bytes through one multiprocessor at 32 rows: its weights, its activations, and the partial
-    // sums that it writes and, on average, reads.
-    const int most_steps = (steps + k_groups - 1) / k_groups;
-    const double weights = static_cast<double>(most_blocks) * most_steps * 256 * sizeof(T);
-    const double acts = 32.0 * most_steps * 16 * sizeof(T);
-    const double sums = 2.0 * 32 * m_blocks * 16 * 4 * k_groups / blocks;
-    const double cost = weights + 0.5 * acts + 0.5 * sums;
-    if (best.m_groups == 0 || cost < best_cost) {
-      best = op;
-      best_cost = cost;
+    op.units = units;
+    op.tile_subs = tile_subs;
+    op.k_steps = columns.k_steps();
+    for (op.quantum = whole ? op.k_steps : 1; op.quantum <= op.k_steps; op.quantum *= 2) {
+      const cuda::MatmulCut cut(op, blocks);
+      int splits = 0;
+      for (int tile = 0; tile * cut.per_tile < cut.total; ++tile) {
+        splits = std::max(splits, cut.Splits(tile));
+      }
+      // Bytes through one multiprocessor at 32 rows: its weights, its activations, which come
+      // meanwhile, and the sums of a tile that it writes and reads, which do not; and what each
+      // further split costs the reader.
+      const double steps = static_cast<double>((cut.total + cut.runs - 1) / cut.runs) * op.quantum;
+      const double cost = steps * tile_subs * cuda::kUnitBytes<T> + 32.0 * steps * 16 * sizeof(T) +
+                          4.0 * 32 * tile_subs * cuda::kUnitRows * 4 + 2048.0 * splits;
+      if (splits <= cuda::kMostSplits && (best.units == 0 || cost < best_cost)) {
+        best = op;
+        best_cost = cost;
+      }
+      if (whole) break;
     }
   }
   return best;
@@ -311,61 +320,54 @@ cuda::MatmulOp CudaDecoder<T>::Plan(int m_blocks, const Columns& columns, int mo
 
 template <typename T>
 absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
-                                                    const Columns& columns, int most_splits) {
+                                                    const Columns& columns, bool whole) {
   DeviceMatrix result;
-  const int m_blocks = (matrix.out_features() + 15) / 16;
-  result.ld = m_blocks * 16;
-  // As few parts as will do, all of one plan but the last.
-  cuda::MatmulOp op;
-  int parts = 1;
-  for (; parts <= 64; ++parts) {
-    op = Plan((m_blocks + parts - 1) / parts, columns, most_splits);
-    if (op.m_groups > 0) break;
+  const int units = (matrix.out_features() + cuda::kUnitRows - 1) / cuda::kUnitRows;
+  cuda::MatmulOp op = Plan(units, columns, whole);
+  op.split_stride = units * cuda::kUnitRows;
+  op.group_steps = columns.padded_width() / 16;
+  const int blocks = cuda_.multiprocessors();
+  const cuda::MatmulCut cut(op, blocks);
+  std::vector<uint8_t> counts;
+  for (int tile = 0; tile * cut.per_tile < cut.total; ++tile) {
+    counts.push_back(static_cast<uint8_t>(cut.Splits(tile)));
+    result.splits = std::max<int>(result.splits, counts.back());
   }
-  if (op.m_groups == 0) {
-    return absl::UnimplementedError(absl::StrCat("a matrix of ", matrix.out_features(), " by ",
-                                                 matrix.in_features(),
-                                                 " is too large for the device's products"));
-  }
-  const int64_t elements = int64_t{m_blocks} * columns.k_steps() * 256;
+  op.ld = result.splits * op.split_stride;
+  ASSIGN_OR_RETURN(result.counts, cuda_.Allocate(counts.size()));
+  RETURN_IF_ERROR(cuda_.ToDevice(result.counts.data(), counts.data(), counts.size()));
+  const int64_t elements = int64_t{units} * op.k_steps * cuda::kUnitRows * 16;
   ASSIGN_OR_RETURN(result.weights, cuda_.Allocate(elements * sizeof(T)));
   stream_bytes_ += elements * sizeof(T);
-  result.splits = op.k_groups;
-  std::vector<T> host;
-  std::vector<float> row(matrix.in_features());
-  int64_t done_elements = 0;
-  const int per_part = (m_blocks + parts - 1) / parts;
-  for (int first = 0; first < m_blocks; first += per_part) {
-    cuda::MatmulOp part = op;
-    part.m_blocks = std::min(per_part, m_blocks - first);
-    part.m_groups = std::min(part.m_groups, part.m_blocks);
-    part.ld = result.ld;
-    part.shift = shift_;
-    shift_ = (shift_ + part.m_blocks % part.m_groups) % cuda_.multiprocessors();
-    T* to = result.weights.as<T>() + done_elements;
-    part.weights = to;
-    const int64_t part_elements = int64_t{part.m_blocks} * part.k_steps * 256;
-    if (matrix.data() == nullptr) {
-      FillRandom<T><<<1024, 256, 0, cuda_.stream()>>>(
-          to, part_elements, std::sqrt(3.0f / static_cast<float>(columns.count)), seed_);
-      RETURN_IF_CUDA_ERROR(cudaGetLastError(), "making random weights");
-      seed_ += part_elements;
-    } else {
-      host.assign(part_elements, T(0.0f));
-      const int last = std::min(matrix.out_features(), (first + part.m_blocks) * 16);
-      for (int m = first * 16; m < last; ++m) {
+  T* weights = result.weights.as<T>();
+  op.weights = weights;
+  if (matrix.data() == nullptr) {
+    FillRandom<T><<<1024, 256, 0, cuda_.stream()>>>(
+        weights, elements, std::sqrt(3.0f / static_cast<float>(columns.count)), seed_);
+    RETURN_IF_CUDA_ERROR(cudaGetLastError(), "making random weights");
+    seed_ += elements;
+  } else {
+    // A tile at a time, so that the copy in between stays small.
+    std::vector<T> host;
+    std::vector<float> row(matrix.in_features());
+    const int tile_rows = op.tile_subs * cuda::kUnitRows;
+    for (int first = 0; first < units * cuda::kUnitRows; first += tile_rows) {
+      const int64_t from = int64_t{first} * op.k_steps * 16;
+      host.assign(std::min(int64_t{tile_rows} * op.k_steps * 16, elements - from), T(0.0f));
+      for (int m = first; m < std::min(matrix.out_features(), first + tile_rows); ++m) {
         matrix.UnpackRow(m, row.data());
         for (int k = 0; k < columns.count; ++k) {
-          host[cuda::PackedElement<T>(part, m - first * 16, columns.Place(k))] = T(row[k]);
+          host[cuda::PackedElement<T>(op, m, columns.Place(k)) - from] = T(row[k]);
         }
       }
-      RETURN_IF_ERROR(cuda_.ToDevice(to, host.data(), part_elements * sizeof(T)));
+      RETURN_IF_ERROR(cuda_.ToDevice(weights + from, host.data(), host.size() * sizeof(T)));
     }
-    result.parts.push_back({part, first * 16});
-    done_elements += part_elements;
   }
-  partial_floats_ =
-      std::max(partial_floats_, static_cast<size_t>(result.splits) * kMaxRows * result.ld);
+  result.op = op;
+  result.shape = {matrix.out_features(), columns.count};
+  if (!whole) {
+    partial_floats_ = std::max(partial_floats_, static_cast<size_t>(kMaxRows) * op.ld);
+  }
   return result;
 }
 
@@ -383,24 +385,20 @@ absl::StatusOr<const float*> CudaDecoder<T>::Upload(const std::vector<float>& va
 
 template <typename T>
 absl::Status CudaDecoder<T>::PrepareScan(const SsdSpec& ssd, int layer, cuda::ScanOp* scan) const {
-  scan->layer = layer;
   scan->heads = ssd.heads;
   scan->head_dim = ssd.head_dim;
   scan->groups = ssd.groups;
   scan->d_state = ssd.d_state;
-  scan->padded_d_state = cuda::PadTo16(ssd.d_state);
+  scan->padded_head = cuda::PadTo(4, ssd.head_dim);
+  scan->padded_d_state = cuda::PadTo(32, ssd.d_state);
   scan->taps = ssd.conv_kernel - 1;
   scan->dt_min = ssd.dt_min;
   scan->dt_max = ssd.dt_max;
   scan->norm_groups = ssd.norm_groups;
   scan->conv_stride = PaddedColumns(ssd.channels());
-  // Slices as narrow as all multiprocessors are needed for.
-  for (scan->slice = 16; scan->slice < 64; scan->slice *= 2) {
-    if (ssd.heads * ((ssd.head_dim + scan->slice - 1) / scan->slice) <= cuda_.multiprocessors()) {
-      break;
-    }
-  }
-  scan->slices = (ssd.head_dim + scan->slice - 1) / scan->slice;
+  scan->slices = (ssd.head_dim + cuda::kSliceDims - 1) / cuda::kSliceDims;
+  const int blocks = cuda_.multiprocessors();
+  scan->columns = std::min((ssd.channels() + blocks - 1) / blocks, cuda::kMostScanColumns);
   const auto unsupported = [&](const std::string& what) {
     return absl::UnimplementedError(
         absl::StrCat("layer ", layer, ": ", what, "; use the device cpu for this model"));
@@ -426,11 +424,15 @@ absl::Status CudaDecoder<T>::Prepare() {
   const Columns hidden_columns{hidden, 1};
   const size_t before = cuda_.memory().bytes_in_use;
   const int work_bytes = cuda_.shared_bytes() - cuda::SharedLayout<T>::kFixed;
-  if (work_bytes < cuda::kMatmulWorkBytes) {
+  const auto unsupported = [&](size_t layer, const std::string& what) {
+    return absl::UnimplementedError(
+        absl::StrCat("layer ", layer, ": ", what, "; use the device cpu for this model"));
+  };
+  if (work_bytes < kLeastWorkBytes) {
     return absl::FailedPreconditionError(
         absl::StrCat(cuda_.Description(), " has ", cuda_.shared_bytes(),
                      " bytes of shared memory for a block; Canopy's kernels need ",
-                     cuda::SharedLayout<T>::kFixed + cuda::kMatmulWorkBytes));
+                     cuda::SharedLayout<T>::kFixed + kLeastWorkBytes));
   }
   RETURN_IF_CUDA_ERROR(cuda::PreparePass<T>(cuda_.shared_bytes()), "preparing the kernels");
   std::vector<cuda::FoldShape> folds;
@@ -446,6 +448,19 @@ absl::Status CudaDecoder<T>::Prepare() {
             absl::StrCat("layer ", index, ": heads of ", attention->head_dim,
                          " columns; the CUDA kernels have at most ", cuda::kMaxHeadDim));
       }
+      const int per_kv = attention->heads / attention->kv_heads;
+      const int padded = cuda::PadTo(32, attention->head_dim);
+      int query_rows = cuda::kMostQueryRows;
+      while (query_rows > 8 &&
+             cuda::AttentionLayout<T>(cuda::PadTo16(query_rows), padded).end > work_bytes) {
+        query_rows /= 2;
+      }
+      layer.node_group = query_rows / per_kv;
+      if (layer.node_group == 0 ||
+          cuda::AttentionLayout<T>(cuda::PadTo16(query_rows), padded).end > work_bytes) {
+        return unsupported(i, absl::StrCat(per_kv, " heads of ", attention->head_dim,
+                                           " columns to a head of keys, more than fit"));
+      }
       const Columns out{attention->heads * attention->head_dim, 1};
       ASSIGN_OR_RETURN(layer.in, Upload(attention->qkv, hidden_columns));
       ASSIGN_OR_RETURN(layer.out, Upload(attention->out, out));
@@ -455,7 +470,7 @@ absl::Status CudaDecoder<T>::Prepare() {
       ASSIGN_OR_RETURN(layer.k_norm, Upload(attention->k_norm));
       ASSIGN_OR_RETURN(layer.inv_freq, Upload(attention->rope_inv_freq));
       mixed_steps_ = std::max(mixed_steps_, out.k_steps());
-      q_columns_ = std::max(q_columns_, out.count);
+      q_columns_ = std::max(q_columns_, attention->heads * padded);
     } else {
       const SsdSpec& ssd = std::get<SsdSpec>(block.mixer);
       RETURN_IF_ERROR(PrepareScan(ssd, index, &layer.scan));
@@ -473,7 +488,7 @@ absl::Status CudaDecoder<T>::Prepare() {
       ASSIGN_OR_RETURN(scan.norm_weight, Upload(ssd.norm_weight));
       scan.group_columns = out.padded_width();
       mixed_steps_ = std::max(mixed_steps_, out.k_steps());
-      const int squares = scan.heads * scan.slices * (scan.slice / 16);
+      const int squares = scan.heads * scan.slices * (cuda::kSliceDims / cuda::kSquareDims);
       if (has_ssd_ && (squares != scan_squares_ || scan.taps != taps_)) {
         return absl::UnimplementedError(
             absl::StrCat("layer ", index,
@@ -483,15 +498,22 @@ absl::Status CudaDecoder<T>::Prepare() {
       has_ssd_ = true;
       scan_squares_ = squares;
       taps_ = scan.taps;
+      if (ssd.norm_groups > cuda::kMostNormGroups) {
+        return unsupported(i, absl::StrCat(ssd.norm_groups, " norm groups; the CUDA kernels have ",
+                                           cuda::kMostNormGroups));
+      }
+      scan_width_ = std::max(scan_width_, scan.heads * scan.padded_head);
+      scan_c_width_ = std::max(scan_c_width_, scan.groups * scan.padded_d_state);
+      scan_heads_ = std::max(scan_heads_, scan.heads);
       while (max_rows_ >= 8 &&
-             cuda::ScanLayout<T>(max_rows_, scan.slice, scan.padded_d_state).end > work_bytes) {
+             cuda::ScanLayout<T>(max_rows_, scan.padded_d_state).end > work_bytes) {
         max_rows_ /= 2;
       }
       if (max_rows_ < 8) {
-        return absl::UnimplementedError(absl::StrCat("layer ", index, ": a state of ", ssd.d_state,
-                                                     " is too large for the CUDA kernels"));
+        return unsupported(
+            i, absl::StrCat("a state of ", ssd.d_state, ", too large for the CUDA kernels"));
       }
-      folds.back() = {ssd.heads, ssd.head_dim, ssd.groups, ssd.d_state, scan.padded_d_state};
+      folds.back() = {ssd.heads, ssd.head_dim, scan.padded_head, ssd.groups, scan.padded_d_state};
       fold_heads_ = std::max(fold_heads_, ssd.heads);
       fold_shared_ = std::max<int>(
           fold_shared_,
@@ -525,9 +547,7 @@ absl::Status CudaDecoder<T>::Prepare() {
     layers_.push_back(std::move(layer));
   }
   ASSIGN_OR_RETURN(final_norm_, Upload(spec_.final_norm.weight, padded_hidden));
-  const size_t partial_floats = partial_floats_;
-  ASSIGN_OR_RETURN(head_, Upload(spec_.head, hidden_columns, /*most_splits=*/1));
-  partial_floats_ = partial_floats;  // the head's result has a place of its own
+  ASSIGN_OR_RETURN(head_, Upload(spec_.head, hidden_columns, /*whole=*/true));
   // The embedding, row by row.
   const PackedMatrix& embedding = spec_.embedding ? *spec_.embedding : spec_.head;
   const int64_t embedding_elements = int64_t{info.vocab_size} * hidden;
@@ -582,14 +602,14 @@ absl::StatusOr<std::unique_ptr<DecodeState>> CudaDecoder<T>::NewState(
     cuda::LayerStore<T>& store = storage->layers[i];
     cuda::CommitLayer<T>& committed = commit[i];
     if (const auto* attention = std::get_if<AttentionSpec>(&spec_.blocks[i].mixer)) {
-      const size_t columns = size_t{1} * attention->kv_heads * attention->head_dim;
+      const int padded = cuda::PadTo(32, attention->head_dim);
+      const size_t columns = size_t{1} * attention->kv_heads * padded;
       pieces.Add(&store.k, (options.max_positions + pending) * columns);
       pieces.Add(&store.v, (options.max_positions + pending) * columns);
       memory.kv_bytes_per_position += 2 * columns * sizeof(T);
       memory.pending_bytes_per_node += 2 * columns * sizeof(T);
       committed.kv_columns = static_cast<int>(columns);
-      attention_floats =
-          std::max(attention_floats, kMaxRows * attention->heads * (attention->head_dim + 2));
+      attention_floats = std::max(attention_floats, kMaxRows * attention->heads * (padded + 2));
     } else {
       const SsdSpec& ssd = std::get<SsdSpec>(spec_.blocks[i].mixer);
       const cuda::ScanOp& scan = layers_[i].scan;
@@ -598,18 +618,19 @@ absl::StatusOr<std::unique_ptr<DecodeState>> CudaDecoder<T>::NewState(
       const size_t b_columns = size_t{1} * ssd.groups * scan.padded_d_state;
       pieces.Add(&store.checkpoints[0], floats);
       pieces.Add(&store.checkpoints[1], floats);
-      pieces.Add(&store.u, size_t{1} * rows * ssd.inner());
+      const int u_columns = scan.heads * scan.padded_head;
+      pieces.Add(&store.u, size_t{1} * rows * u_columns);
       pieces.Add(&store.b, rows * b_columns);
       pieces.Add(&store.l, size_t{1} * rows * ssd.heads);
       pieces.Add(&store.conv, size_t{1} * (scan.taps + pending) * ssd.channels());
       storage->checkpoint_bytes[i] = floats * sizeof(float);
       const size_t row =
-          ssd.inner() * sizeof(float) + b_columns * sizeof(T) + ssd.heads * sizeof(float);
+          u_columns * sizeof(float) + b_columns * sizeof(T) + ssd.heads * sizeof(float);
       const size_t conv_row = ssd.channels() * sizeof(float);
       memory.checkpoint_bytes += 2 * floats * sizeof(float) + scan.taps * conv_row;
       memory.ring_bytes += row * kRing;
       memory.pending_bytes_per_node += row + conv_row;
-      committed.u_columns = ssd.inner();
+      committed.u_columns = u_columns;
       committed.b_columns = static_cast<int>(b_columns);
       committed.heads = ssd.heads;
       committed.channels = ssd.channels();
@@ -642,39 +663,44 @@ void CudaDecoder<T>::AddPieces(Pieces& pieces, Places& p, CudaWorkspace& ws) con
     pieces.Add(&p.act_mixed[b], size_t{1} * kBucketRows[b] * mixed_steps_ * 16);
   }
   pieces.Add(&p.partials, partial_floats_);
-  pieces.Add(&p.squares, size_t{1} * kMaxRows * hidden_steps_);
+  pieces.Add(&p.squares, size_t{1} * kMaxRows * cuda::Granules(hidden_steps_));
   pieces.Add(&p.scan_squares, size_t{1} * kMaxRows * scan_squares_);
   pieces.Add(&p.q, size_t{1} * kMaxRows * q_columns_);
-  pieces.Add(&ws.logits, size_t{1} * kMaxRows * head_.ld);
+  pieces.Add(&p.scan_factors, kMaxRows);
+  pieces.Add(&p.scan_x, size_t{1} * kMaxRows * scan_width_);
+  pieces.Add(&p.scan_c, size_t{1} * kMaxRows * scan_c_width_);
+  pieces.Add(&p.scan_dt, size_t{1} * kMaxRows * scan_heads_);
+  pieces.Add(&ws.logits, size_t{1} * kMaxRows * head_.op.ld);
   pieces.Add(&p.select_values, size_t{1} * kMaxRows * cuda::kSelectSlices * kMaxTop);
   pieces.Add(&p.select_tokens, size_t{1} * kMaxRows * cuda::kSelectSlices * kMaxTop);
 }
 
 // The operators of a pass, for one bucket.
 template <typename T>
-std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& ws,
-                                              const Places& at) const {
+std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& ws, const Places& at,
+                                              std::vector<std::string>* names) const {
   const int hidden = spec_.info.hidden_size;
   std::vector<cuda::Op> ops;
+  std::vector<ProductShape> shapes;  // of the operators that are products
   const auto matmul = [&](const DeviceMatrix& matrix, const T* act, float* out,
                           const cuda::RowNorm& norm) {
-    for (size_t i = 0; i < matrix.parts.size(); ++i) {
-      cuda::Op op;
-      op.kind = cuda::OpKind::kMatmul;
-      op.barrier = i + 1 == matrix.parts.size();
-      op.matmul = matrix.parts[i].op;
-      op.matmul.act = act;
-      op.matmul.out = out + matrix.parts[i].first_column;
-      op.matmul.norm = norm;
-      ops.push_back(op);
-    }
-    return cuda::Partials{out, matrix.splits, matrix.ld};
+    cuda::Op op;
+    op.kind = cuda::OpKind::kMatmul;
+    op.matmul = matrix.op;
+    op.matmul.act = act;
+    op.matmul.out = out;
+    op.matmul.norm = norm;
+    shapes.resize(ops.size());
+    shapes.push_back(matrix.shape);
+    ops.push_back(op);
+    return matrix.Sums(out);
   };
   const auto next_input = [&](const float* weight) {
     return cuda::NormInput{weight, at.act_hidden[bucket], at.squares};
   };
   const auto hidden_norm = [&](float eps) {
-    return cuda::RowNorm{at.squares, hidden_steps_, 1, 1.0f / static_cast<float>(hidden), eps};
+    return cuda::RowNorm{at.squares, cuda::Granules(hidden_steps_), 1,
+                         1.0f / static_cast<float>(hidden), eps};
   };
   {
     cuda::Op op;
@@ -697,10 +723,12 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     cuda::RowNorm out_norm;
     if (const auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
       cuda::Op op;
-      op.attention = {static_cast<int>(i),
-                      attention->heads,
+      op.layer = static_cast<int>(i);
+      op.attention = {attention->heads,
                       attention->kv_heads,
                       attention->head_dim,
+                      cuda::PadTo(32, attention->head_dim),
+                      layer.node_group,
                       attention->scale,
                       in,
                       hidden_norm(block.norm.eps),
@@ -720,19 +748,30 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     } else {
       const SsdSpec& ssd = std::get<SsdSpec>(block.mixer);
       cuda::Op op;
-      op.kind = cuda::OpKind::kScan;
+      op.layer = static_cast<int>(i);
       op.scan = layer.scan;
       op.scan.partials = in;
       op.scan.norm = hidden_norm(block.norm.eps);
       op.scan.act = at.act_mixed[bucket];
       op.scan.squares = at.scan_squares;
-      ops.push_back(op);
+      op.scan.x = at.scan_x;
+      op.scan.c = at.scan_c;
+      op.scan.dt = at.scan_dt;
+      op.scan.factors = at.scan_factors;
+      for (const cuda::OpKind kind : {cuda::OpKind::kScanInputs, cuda::OpKind::kScanHeads}) {
+        op.kind = kind;
+        ops.push_back(op);
+      }
       out_norm = {at.scan_squares, scan_squares_ / ssd.norm_groups, ssd.norm_groups,
                   static_cast<float>(ssd.norm_groups) / static_cast<float>(ssd.inner()),
                   ssd.norm_eps};
     }
-    const cuda::Partials out = matmul(layer.out, at.act_mixed[bucket], at.partials, {});
-    residual(out, out_norm, layer.out_bias, block.mlp ? layer.mlp_norm : after_block);
+    // Factors of several groups of columns are the product's business, one alone the reader's.
+    const bool grouped = out_norm.groups > 1;
+    const cuda::Partials out =
+        matmul(layer.out, at.act_mixed[bucket], at.partials, grouped ? out_norm : cuda::RowNorm{});
+    residual(out, grouped ? cuda::RowNorm{} : out_norm, layer.out_bias,
+             block.mlp ? layer.mlp_norm : after_block);
     if (block.mlp) {
       const cuda::Partials middle = matmul(layer.gate_up, at.act_hidden[bucket], at.partials, {});
       cuda::Op op;
@@ -753,9 +792,17 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   for (int stage : {0, 1}) {
     cuda::Op op;
     op.kind = cuda::OpKind::kSelect;
-    op.select = {ws.logits,        head_.ld,   spec_.info.vocab_size, stage, at.select_values,
+    op.select = {ws.logits,        head_.op.ld, spec_.info.vocab_size, stage, at.select_values,
                  at.select_tokens, ws.selected};
     ops.push_back(op);
+  }
+  names->clear();
+  shapes.resize(ops.size());
+  for (size_t i = 0; i < ops.size(); ++i) {
+    ops[i].matmul.index = static_cast<int>(i);
+    names->push_back(ops[i].kind == cuda::OpKind::kMatmul
+                         ? absl::StrCat("product ", shapes[i].out, " x ", shapes[i].in)
+                         : cuda::Name(ops[i].kind));
   }
   return ops;
 }
@@ -768,24 +815,31 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
   }
   auto ws = std::make_unique<CudaWorkspace>();
   ws->max_rows = max_rows;
-  ws->logits_ld = head_.ld;
+  ws->logits_ld = head_.op.ld;
   Places places;
   Pieces pieces;
   AddPieces(pieces, places, *ws);
   ASSIGN_OR_RETURN(ws->memory, pieces.Place(cuda_));
   // Once to count the operators, then with the addresses.
-  ws->Describe(Program(0, *ws, places));
-  const size_t op_count = ws->kinds.size();
+  const std::vector<cuda::Op> count = Program(0, *ws, places, &ws->names);
+  const size_t op_count = count.size();
+  ws->product_count = static_cast<int>(ProductsOf(count).size());
   Pieces tables;
-  for (int b = 0; b < kBuckets; ++b) tables.Add(&ws->ops[b], op_count);
+  for (int b = 0; b < kBuckets; ++b) {
+    tables.Add(&ws->ops[b], op_count);
+    tables.Add(&ws->products[b], ws->product_count);
+  }
   tables.Add(&ws->nodes, kInFlight);
   tables.Add(&ws->counter, 64);
   tables.Add(&ws->selected, 1);
   tables.Add(&ws->clocks, op_count + 1);
   ASSIGN_OR_RETURN(ws->tables, tables.Place(cuda_));
   for (int b = 0; b < kBuckets; ++b) {
-    const std::vector<cuda::Op> program = Program(b, *ws, places);
+    const std::vector<cuda::Op> program = Program(b, *ws, places, &ws->names);
     RETURN_IF_ERROR(cuda_.ToDevice(ws->ops[b], program.data(), op_count * sizeof(cuda::Op)));
+    const std::vector<cuda::MatmulOp> products = ProductsOf(program);
+    RETURN_IF_ERROR(
+        cuda_.ToDevice(ws->products[b], products.data(), products.size() * sizeof(cuda::MatmulOp)));
   }
   RETURN_IF_CUDA_ERROR(cudaMallocHost(&ws->nodes_host, kInFlight * sizeof(cuda::PassNodes)),
                        "allocating pinned memory");
@@ -868,15 +922,17 @@ absl::Status CudaDecoder<T>::RunPass(DecodeState& state, std::span<const TokenId
       cudaMemcpyAsync(ws.nodes + slot, ws.nodes_host + slot, sizeof(cuda::PassNodes),
                       cudaMemcpyHostToDevice, cuda_.stream()),
       "copying a tree to the device");
-  int count = static_cast<int>(ws.kinds.size());
+  int count = static_cast<int>(ws.names.size());
   if (!head) {
-    count -= static_cast<int>(head_.parts.size()) + 2;
+    count -= 3;
   } else if (top == 0) {
     count -= 2;
   }
   ws.last_bucket = bucket;
   ws.last.ops = ws.ops[bucket];
   ws.last.op_count = count;
+  ws.last.products = ws.products[bucket];
+  ws.last.product_count = ws.product_count - (head ? 0 : 1);
   ws.last.nodes = ws.nodes + slot;
   return Launch(ws);
 }
@@ -890,7 +946,7 @@ absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
   RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
                                            cuda_.shared_bytes(), ws.last, cuda_.stream()),
                        "launching a pass");
-  ws.counter_base += static_cast<uint32_t>(ws.barriers[ws.last.op_count]) * cuda_.multiprocessors();
+  ws.counter_base += static_cast<uint32_t>(ws.last.op_count) * cuda_.multiprocessors();
   return absl::OkStatus();
 }
 
@@ -1062,8 +1118,7 @@ absl::StatusOr<std::vector<OperatorTime>> CudaDecoder<T>::Breakdown(Workspace& w
   std::vector<OperatorTime> times;
   const double whole = static_cast<double>(clocks.back() - clocks.front());
   for (int i = 0; i < ws.last.op_count; ++i) {
-    times.push_back(
-        {cuda::Name(ws.kinds[i]), static_cast<double>(clocks[i + 1] - clocks[i]) / whole});
+    times.push_back({ws.names[i], static_cast<double>(clocks[i + 1] - clocks[i]) / whole});
   }
   return times;
 }
@@ -1124,30 +1179,34 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(const ProductSha
     for (const Product& p : all) {
       if (!SameShape(p.shape, shape)) continue;
       ++products;
-      for (const DeviceMatrix::Part& part : p.matrix->parts) {
-        cuda::Op op;
-        op.kind = cuda::OpKind::kMatmul;
-        op.barrier = &part == &p.matrix->parts.back();
-        op.matmul = part.op;
-        op.matmul.act = shape.in == spec_.info.hidden_size ? places.act_hidden[bucket]
-                                                           : places.act_mixed[bucket];
-        op.matmul.out = (p.matrix == &head_ ? ws.logits : places.partials) + part.first_column;
-        ops.push_back(op);
-      }
+      cuda::Op op;
+      op.kind = cuda::OpKind::kMatmul;
+      op.matmul = p.matrix->op;
+      op.matmul.act =
+          shape.in == spec_.info.hidden_size ? places.act_hidden[bucket] : places.act_mixed[bucket];
+      op.matmul.out = p.matrix == &head_ ? ws.logits : places.partials;
+      op.matmul.index = static_cast<int>(ops.size());
+      ops.push_back(op);
     }
   }
   Pieces tables;
   cuda::Op* device_ops = nullptr;
+  cuda::MatmulOp* device_products = nullptr;
+  const std::vector<cuda::MatmulOp> described = ProductsOf(ops);
   tables.Add(&device_ops, ops.size());
+  tables.Add(&device_products, described.size());
   tables.Add(&ws.nodes, 1);
   tables.Add(&ws.counter, 64);
   ASSIGN_OR_RETURN(ws.tables, tables.Place(cuda_));
   RETURN_IF_ERROR(cuda_.ToDevice(device_ops, ops.data(), ops.size() * sizeof(cuda::Op)));
+  RETURN_IF_ERROR(
+      cuda_.ToDevice(device_products, described.data(), described.size() * sizeof(cuda::MatmulOp)));
   RETURN_IF_ERROR(cuda_.ToDevice(&ws.nodes->rows, &rows, sizeof(rows)));
-  ws.Describe(ops);
   ws.last_bucket = bucket;
   ws.last.ops = device_ops;
   ws.last.op_count = static_cast<int>(ops.size());
+  ws.last.products = device_products;
+  ws.last.product_count = static_cast<int>(described.size());
   ws.last.nodes = ws.nodes;
   ASSIGN_OR_RETURN(std::vector<double> times, Repeat(ws, repetitions));
   for (double& time : times) time /= products;

@@ -16,7 +16,8 @@ namespace canopy::cuda {
 enum class OpKind : int32_t {
   kEmbed,
   kMatmul,
-  kScan,
+  kScanInputs,
+  kScanHeads,
   kAttentionInputs,
   kAttendBlocks,
   kCombineBlocks,
@@ -24,18 +25,17 @@ enum class OpKind : int32_t {
   kGated,
   kSelect,
 };
-inline constexpr int kOpKinds = 9;
+inline constexpr int kOpKinds = 10;
 constexpr const char* Name(OpKind kind) {
-  constexpr const char* kNames[kOpKinds] = {"embed",  "matmul",  "scan",     "attention inputs",
-                                            "attend", "combine", "residual", "gated activation",
-                                            "select"};
+  constexpr const char* kNames[kOpKinds] = {
+      "embed",  "matmul",  "scan inputs", "scan heads",       "attention inputs",
+      "attend", "combine", "residual",    "gated activation", "select"};
   return kNames[static_cast<int>(kind)];
 }
 
 struct Op {
   OpKind kind = OpKind::kEmbed;
-  // Whether the next operator reads or overwrites what this one wrote or read.
-  int32_t barrier = 1;
+  int32_t layer = 0;
   EmbedOp embed;
   MatmulOp matmul;
   ScanOp scan;
@@ -48,6 +48,9 @@ struct Op {
 struct PassArguments {
   const Op* ops = nullptr;
   int op_count = 0;
+  // The products among them, for the threads that stream.
+  const MatmulOp* products = nullptr;
+  int product_count = 0;
   const PassNodes* nodes = nullptr;
   uint32_t* counter = nullptr;  // of the grid's barriers, monotonic
   uint32_t counter_base = 0;    // its value before the pass
@@ -55,15 +58,18 @@ struct PassArguments {
   int64_t* clocks = nullptr;    // [op_count + 1] of block 0, or null
 };
 
-// Dynamic shared memory that a block asks for: all there is (227 KiB from compute capability 9.0,
-// 163 KiB from 8.0) less what the driver keeps.
+// Dynamic shared memory that a block asks for: all there is less what the driver keeps. Behind the
+// fixed part, operators work; products have the ring of activations there, then their factors.
 template <typename T>
 struct SharedLayout {
   static constexpr int kRing = kSlots<T> * kSlotBytes;
-  static constexpr int kBarriers = 3 * 8 * 8 + 64;
+  static constexpr int kBarriers = 384;  // and what else the roles tell each other
   static constexpr int kNodes = (sizeof(PassNodes) + 127) / 128 * 128;
   static constexpr int kOp = (sizeof(Op) + 127) / 128 * 128;
-  static constexpr int kFixed = kRing + kBarriers + kNodes + kOp;
+  static constexpr int kNodesAt = kRing + kBarriers;
+  static constexpr int kOpAt = kNodesAt + kNodes;
+  static constexpr int kStoreAt = kOpAt + kOp;
+  static constexpr int kFixed = kStoreAt + 128;
 };
 
 // rows: of the bucket, 8, 16, 32 or 64. shared_bytes: all that a block may have.

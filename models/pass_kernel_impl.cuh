@@ -6,27 +6,45 @@ namespace canopy::cuda {
 
 // What the computing warps do.
 template <typename T, int kRowTiles>
-__device__ inline void Consume(const PassArguments& arguments, Ring& ring, const PassNodes& nodes,
-                               uint32_t* finished, Op& op, char* work) {
+__device__ __forceinline__ void Consume(const PassArguments& arguments, const Ring& ring,
+                                        uint32_t* finished, char* shared) {
+  using Layout = SharedLayout<T>;
   // The operator at hand is in shared memory; the next one's words come while this one runs.
   constexpr int kOpWords = sizeof(Op) / 4;
-  static_assert(sizeof(Op) % 4 == 0 && kOpWords <= 2 * kConsumers);
-  uint32_t words[2] = {};
+  static_assert(sizeof(Op) % 4 == 0 && kOpWords <= kConsumers);
+  uint32_t next_word = 0;
   const auto load_op = [&](int i) {
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(arguments.ops + i);
-    for (int k = 0; k < 2; ++k) {
-      const int word = threadIdx.x + k * kConsumers;
-      if (word < kOpWords && i < arguments.op_count) words[k] = __ldg(from + word);
+    if (threadIdx.x < kOpWords && i < arguments.op_count) {
+      next_word = __ldg(reinterpret_cast<const uint32_t*>(arguments.ops + i) + threadIdx.x);
     }
   };
   const auto keep_op = [&] {
-    for (int k = 0; k < 2; ++k) {
-      const int word = threadIdx.x + k * kConsumers;
-      if (word < kOpWords) reinterpret_cast<uint32_t*>(&op)[word] = words[k];
+    if (threadIdx.x < kOpWords) {
+      reinterpret_cast<uint32_t*>(shared + Layout::kOpAt)[threadIdx.x] = next_word;
     }
   };
+  // So are the addresses of its layer's store.
+  constexpr int kStoreWords = sizeof(LayerStore<T>) / 4;
+  uint32_t next_store = 0;
+  int layer = 0;
+  const auto load_store = [&](int i) {
+    if (threadIdx.x >= kStoreWords || i >= arguments.op_count) return;
+    const PassNodes& nodes = *reinterpret_cast<const PassNodes*>(shared + Layout::kNodesAt);
+    if (nodes.layers == nullptr) return;  // products alone
+    next_store =
+        __ldg(reinterpret_cast<const uint32_t*>(nodes.layers) + layer * kStoreWords + threadIdx.x);
+    if (i + 1 < arguments.op_count) layer = __ldg(&arguments.ops[i + 1].layer);
+  };
+  const auto keep_store = [&] {
+    if (threadIdx.x < kStoreWords) {
+      reinterpret_cast<uint32_t*>(shared + Layout::kStoreAt)[threadIdx.x] = next_store;
+    }
+  };
+  layer = arguments.ops[0].layer;
   load_op(0);
+  load_store(0);
   keep_op();
+  keep_store();
   SyncThreads<kConsumers>();
   uint32_t barrier = arguments.counter_base;
   if (arguments.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
@@ -34,63 +52,61 @@ __device__ inline void Consume(const PassArguments& arguments, Ring& ring, const
   }
   for (int i = 0; i < arguments.op_count; ++i) {
     load_op(i + 1);
+    load_store(i + 1);
     constexpr int kBucket = 8 * kRowTiles;
+    const PassNodes& nodes = *reinterpret_cast<const PassNodes*>(shared + Layout::kNodesAt);
+    const Op& op = *reinterpret_cast<const Op*>(shared + Layout::kOpAt);
+    const LayerStore<T>& store = *reinterpret_cast<const LayerStore<T>*>(shared + Layout::kStoreAt);
+    char* work = shared + Layout::kFixed;
     float* work_floats = reinterpret_cast<float*>(work);
     switch (op.kind) {
       case OpKind::kEmbed:
         Embed<T>(op.embed, nodes, kBucket);
         break;
       case OpKind::kMatmul:
-        ConsumeMatmul<T, kRowTiles>(op.matmul, nodes.rows, ring, work_floats);
+        ConsumeMatmul<T, kRowTiles>(op.matmul, nodes.rows, ring,
+                                    reinterpret_cast<RingPlace*>(finished + 4),
+                                    reinterpret_cast<float*>(work + kActRingBytes));
         break;
-      case OpKind::kScan:
-        Scan<T, kRowTiles>(op.scan, nodes, work);
+      case OpKind::kScanInputs:
+        ScanInputs<T, kRowTiles>(op.scan, nodes, store, work);
+        break;
+      case OpKind::kScanHeads:
+        ScanHeads<T, kRowTiles>(op.scan, nodes, store, work);
         break;
       case OpKind::kAttentionInputs:
-        AttentionInputs<T>(op.attention, nodes, work_floats);
+        AttentionInputs<T>(op.attention, nodes, store, work_floats);
         break;
       case OpKind::kAttendBlocks:
-        if (op.attention.head_dim <= 64) {
-          AttendBlocks<T, 2>(op.attention, nodes, work_floats);
-        } else if (op.attention.head_dim <= 128) {
-          AttendBlocks<T, 4>(op.attention, nodes, work_floats);
-        } else {
-          AttendBlocks<T, 8>(op.attention, nodes, work_floats);
-        }
+        Attend<T>(op.attention, nodes, store, work);
         break;
       case OpKind::kCombineBlocks:
         CombineBlocks<T>(op.attention, nodes, kBucket);
         break;
       case OpKind::kResidual:
-        Residual<T>(op.residual, nodes, kBucket, work_floats);
+        Residual<T>(op.residual, nodes, kBucket);
         break;
       case OpKind::kGated:
-        Gated<T>(op.gated, nodes, kBucket, work_floats);
+        Gated<T>(op.gated, nodes, kBucket);
         break;
       case OpKind::kSelect:
         Select(op.select, nodes);
         break;
     }
-    const bool grid_barrier = op.barrier != 0;
-    if (grid_barrier) {
-      // What this thread wrote is read by bulk copies of other blocks, too.
-      FenceProxyAsync();
-      SyncThreads<kConsumers>();
-      if (threadIdx.x == 0) {
-        AddRelease(arguments.counter, 1);
-        barrier += gridDim.x;
-        while (static_cast<int32_t>(LoadAcquire(arguments.counter) - barrier) < 0) {
-        }
-        FenceProxyAsync();
-      }
-    } else {
-      SyncThreads<kConsumers>();
-    }
+    // The barrier of the whole grid. What this block wrote will be seen by others (bulk copies read
+    // it after a fence of their own thread), and bulk copies may write its shared memory.
+    FenceProxyAsyncShared();
+    SyncThreads<kConsumers>();
+    barrier += gridDim.x;
     if (threadIdx.x == 0) {
+      AddRelease(arguments.counter, 1);
+      while (static_cast<int32_t>(LoadAcquire(arguments.counter) - barrier) < 0) {
+      }
       StoreReleaseShared(finished, i + 1);
       if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
     }
     keep_op();
+    keep_store();
     SyncThreads<kConsumers>();
   }
 }
@@ -100,19 +116,25 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
   extern __shared__ __align__(128) char shared[];
   using Layout = SharedLayout<T>;
   uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + Layout::kRing);
-  uint32_t* finished = reinterpret_cast<uint32_t*>(barriers + 24);  // operators, by the whole grid
-  PassNodes* nodes = reinterpret_cast<PassNodes*>(shared + Layout::kRing + Layout::kBarriers);
-  Op* op = reinterpret_cast<Op*>(shared + Layout::kRing + Layout::kBarriers + Layout::kNodes);
-  char* work = shared + Layout::kFixed;
-
-  Ring ring = {shared, barriers, barriers + 8, barriers + 16};
+  PartInfo* infos = reinterpret_cast<PartInfo*>(barriers + 24);
+  uint32_t* finished = reinterpret_cast<uint32_t*>(infos + 8);  // operators, by the whole grid
+  PassNodes* nodes = reinterpret_cast<PassNodes*>(shared + Layout::kNodesAt);
+  Ring ring = {shared,       shared + Layout::kFixed, infos,        barriers,
+               barriers + 8, barriers + 16,           barriers + 20};
+  static_assert(kSlots<T> <= 8 && kActSlots <= 4);
+  static_assert(24 * sizeof(uint64_t) + 8 * sizeof(PartInfo) + 16 + sizeof(RingPlace) <=
+                Layout::kBarriers);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots<T>; ++i) {
       BarrierInit(&ring.weights_here[i], 1);
+      BarrierInit(&ring.weights_empty[i], kConsumerWarps);
+    }
+    for (int i = 0; i < kActSlots; ++i) {
       BarrierInit(&ring.acts_here[i], 1);
-      BarrierInit(&ring.empty[i], kConsumerWarps);
+      BarrierInit(&ring.acts_empty[i], kConsumerWarps);
     }
     *finished = 0;
+    *reinterpret_cast<RingPlace*>(finished + 4) = {};
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     FenceProxyAsync();
   }
@@ -126,32 +148,38 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
     LowerRegisters<56>();
     if (threadIdx.x == kConsumers) {
       const uint64_t policy = arguments.stream_weights_once ? EvictFirst() : EvictNormal();
-      for (int i = 0; i < arguments.op_count; ++i) {
-        if (arguments.ops[i].kind == OpKind::kMatmul) {
-          StreamWeights<T>(arguments.ops[i].matmul, kRowTiles, ring, policy);
-        }
+      MatmulOp op = arguments.products[0];
+      for (int i = 0; i < arguments.product_count; ++i) {
+        // The next one's description comes while this one is streamed.
+        const MatmulOp next = arguments.products[min(i + 1, arguments.product_count - 1)];
+        StreamWeights<T>(op, ring, policy);
+        op = next;
       }
     } else if (threadIdx.x == kConsumers + 32) {
       const uint64_t policy = EvictNormal();
-      for (int i = 0; i < arguments.op_count; ++i) {
-        if (arguments.ops[i].kind != OpKind::kMatmul) continue;
-        while (LoadAcquireShared(finished) < static_cast<uint32_t>(i)) {
-        }
-        FenceProxyAsync();
-        StreamActs<T>(arguments.ops[i].matmul, kRowTiles, ring, policy);
+      MatmulOp op = arguments.products[0];
+      for (int i = 0; i < arguments.product_count; ++i) {
+        const MatmulOp next = arguments.products[min(i + 1, arguments.product_count - 1)];
+        StreamActs<T>(op, kRowTiles, ring, policy, [&] {
+          while (LoadAcquireShared(finished) < static_cast<uint32_t>(op.index)) {
+          }
+          FenceProxyAsync();
+        });
+        op = next;
       }
     } else if (threadIdx.x >= kConsumers + 64 && threadIdx.x < kConsumers + 96) {
       for (int i = 0; i < arguments.op_count; ++i) {
-        if (arguments.ops[i].kind != OpKind::kScan) continue;
+        if (arguments.ops[i].kind != OpKind::kScanInputs) continue;
         // One operator ahead.
         while (LoadAcquireShared(finished) + 1 < static_cast<uint32_t>(i)) {
         }
-        PrefetchScan<T>(arguments.ops[i].scan, *nodes);
+        PrefetchScan<T>(arguments.ops[i].scan, *nodes,
+                        static_cast<const LayerStore<T>*>(nodes->layers)[arguments.ops[i].layer]);
       }
     }
   } else {
-    RaiseRegisters<224>();
-    Consume<T, kRowTiles>(arguments, ring, *nodes, finished, *op, work);
+    RaiseRegisters<104>();
+    Consume<T, kRowTiles>(arguments, ring, finished, shared);
   }
 }
 

@@ -1,26 +1,32 @@
-// Tree attention on the device, in three operators with a barrier of the grid between them: q, k
-// and v of the new nodes (bias, norm, RoPE; k and v into the store), attention of each node and
-// head to a block of keys, and the blocks' combination into the output projection's input.
+// Tree attention on the device, in three operators: q, k and v of the new nodes (bias, norm, RoPE;
+// k and v into the store), attention of nodes to a block of keys, and the blocks' combination into
+// the output projection's input.
 //
-// Keys are taken in chunks of 32 and blocks of kKeysPerBlock at fixed absolute positions, wherever
-// their rows lie: so a node's bits depend on its path alone. Within a chunk probabilities are
-// summed in one fixed tree and values in position order.
+// Keys are taken in blocks of kKeysPerBlock at fixed absolute positions, wherever their rows lie. A
+// score's sum runs over dimensions alone, so scores are tensor core products of all stored rows of
+// a block, put where they belong by position; probabilities are summed in one fixed tree, values in
+// position order, blocks in order. So a node's bits depend on its path alone.
+//
+// Bytes: the prefix's keys and values once for each group of nodes (64 rows of q).
 
 #ifndef CANOPY_VERIFY_TREE_ATTENTION_CUDA_CUH_
 #define CANOPY_VERIFY_TREE_ATTENTION_CUDA_CUH_
 
 #include "core/cuda/pass.h"
+#include "verify/tree_scan_cuda.cuh"
 
 namespace canopy::cuda {
 
-inline constexpr int kKeysPerBlock = 128;
+inline constexpr int kKeysPerBlock = 64;
 inline constexpr int kMaxHeadDim = 256;
+inline constexpr int kMostQueryRows = 64;  // of a block: nodes times heads of a key's head
 
 struct AttentionOp {
-  int layer = 0;
   int heads = 0;
   int kv_heads = 0;
   int head_dim = 0;
+  int padded_head = 0;  // to a multiple of 32, of q, k and v
+  int node_group = 0;   // nodes that a block takes at a time
   float scale = 0.0f;
   Partials partials;  // q | k | v
   RowNorm norm;       // of the product's input
@@ -30,9 +36,23 @@ struct AttentionOp {
   float qk_norm_eps = 0.0f;
   const float* inv_freq = nullptr;  // [rotary / 2]
   int rotary = 0;
-  float* q = nullptr;   // [kMaxRows][heads * head_dim]
+  void* q = nullptr;    // T [kMaxRows][heads * padded_head]
   void* act = nullptr;  // the output projection's input
 };
+
+// Shared memory of Attend, in bytes, for `query_rows` rows of q.
+template <typename T>
+struct AttentionLayout {
+  int q, scores, v, end;
+
+  CANOPY_HOST_DEVICE AttentionLayout(int query_rows, int padded_head) {
+    q = 0;
+    scores = q + query_rows * StateStride<T>(padded_head) * static_cast<int>(sizeof(T));
+    v = scores + query_rows * kWeightStride * 4;
+    end = v + (kKeysPerBlock + kMaxRows) * padded_head * static_cast<int>(sizeof(T));
+  }
+};
+static_assert(kKeysPerBlock == kRing, "scores have rows of kWeightStride");
 
 }  // namespace canopy::cuda
 
@@ -44,35 +64,49 @@ namespace canopy::cuda {
 
 // One warp a row and head. `work`: [kMaxRows] factors, then [kConsumerWarps][kMaxHeadDim].
 template <typename T>
-__device__ __noinline__ void AttentionInputs(const AttentionOp& op, const PassNodes& nodes,
-                                             float* work) {
+__device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const PassNodes& nodes,
+                                                const LayerStore<T>& store, float* work) {
+  constexpr int kAhead = 4;  // of 32 dimensions
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  RowFactors(op.norm, nodes.rows, work);
-  SyncThreads<kConsumers>();
   float* head_values = work + kMaxRows + warp * kMaxHeadDim;
-  const LayerStore<T>& store = static_cast<const LayerStore<T>*>(nodes.layers)[op.layer];
   const int all_heads = op.heads + 2 * op.kv_heads;
 #pragma unroll 1
   for (int task = warp * gridDim.x + blockIdx.x; task < nodes.rows * all_heads;
        task += kConsumerWarps * gridDim.x) {
-    const int row = task / all_heads, head = task % all_heads;
+    const int row = task / all_heads, head = task - row * all_heads;
     const int first = head * op.head_dim;
-    __syncwarp();
-    float squares = 0.0f;
+    RowFactor row_factor;
+    row_factor.Load(op.norm, row);
+    float squares = 0.0f, factor = 0.0f;
 #pragma unroll 1
-    for (int d = lane; d < op.head_dim; d += 32) {
-      float value = work[row] * Sum(op.partials, row, first + d);
-      if (op.bias != nullptr) value += op.bias[first + d];
-      head_values[d] = value;
-      squares = fmaf(value, value, squares);
+    for (int base = 0; base < op.head_dim; base += 32 * kAhead) {
+      Sum1<> sums[kAhead];
+      int splits[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int d = base + k * 32 + lane;
+        splits[k] = d < op.head_dim ? Splits(op.partials, first + d) : 0;
+        sums[k].Load(op.partials, row, first + d, d < op.head_dim);
+      }
+      if (base == 0) factor = row_factor.Finish(op.norm, row);
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int d = base + k * 32 + lane;
+        if (d >= op.head_dim) continue;
+        const float bias = LoadWeight(op.bias + first + d, op.bias != nullptr);
+        const float value =
+            fmaf(factor, sums[k].Finish(op.partials, row, first + d, splits[k]), bias);
+        head_values[d] = value;
+        squares = fmaf(value, value, squares);
+      }
     }
     const bool is_q = head < op.heads, is_k = !is_q && head < op.heads + op.kv_heads;
     const float* norm = is_q ? op.q_norm : is_k ? op.k_norm : nullptr;
     if (norm != nullptr) {
-      const float factor =
-          rsqrtf(WarpSum(squares) / static_cast<float>(op.head_dim) + op.qk_norm_eps);
+      const float norm_factor =
+          rsqrtf(__fdividef(WarpSum(squares), static_cast<float>(op.head_dim)) + op.qk_norm_eps);
 #pragma unroll 1
-      for (int d = lane; d < op.head_dim; d += 32) head_values[d] *= factor * norm[d];
+      for (int d = lane; d < op.head_dim; d += 32) head_values[d] *= norm_factor * norm[d];
     }
     __syncwarp();
     if (is_q || is_k) {
@@ -88,183 +122,226 @@ __device__ __noinline__ void AttentionInputs(const AttentionOp& op, const PassNo
       }
       __syncwarp();
     }
+    T* to;
     if (is_q) {
-      float* to = op.q + (static_cast<int64_t>(row) * op.heads + head) * op.head_dim;
-#pragma unroll 1
-      for (int d = lane; d < op.head_dim; d += 32) __stcg(to + d, head_values[d]);
+      to = static_cast<T*>(op.q) + (row * op.heads + head) * op.padded_head;
     } else {
       const int kv_head = (head - op.heads) % op.kv_heads;
       const int64_t stored = nodes.kv_capacity + nodes.first_pending + row;
-      T* to = (is_k ? store.k : store.v) + (stored * op.kv_heads + kv_head) * op.head_dim;
-#pragma unroll 1
-      for (int d = lane; d < op.head_dim; d += 32) to[d] = FromFloat<T>(head_values[d]);
+      to = (is_k ? store.k : store.v) + (stored * op.kv_heads + kv_head) * op.padded_head;
     }
+#pragma unroll 1
+    for (int d = lane; d < op.head_dim; d += 32) to[d] = FromFloat<T>(head_values[d]);
+    __syncwarp();
   }
 }
 
+// Attention of a group of nodes and the heads that share a head of keys to one block of keys:
+// sums of values, not yet divided, with the greatest score and the sum of probabilities.
 template <typename T>
-__device__ inline float DotKey(const float* q, const T* key, int head_dim) {
-  float sum = 0.0f;
-  if (head_dim % 8 == 0) {
-    // Loads go out four at a time.
-    constexpr int kVector = 16 / sizeof(T);
+__device__ __forceinline__ void Attend(const AttentionOp& op, const PassNodes& nodes,
+                                       const LayerStore<T>& store, char* work) {
+  constexpr int kTiles = kMostQueryRows / 16;
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, quad = lane % 4, octet = lane / 4;
+  const int per_kv = op.heads / op.kv_heads, dim = op.padded_head;
+  const int query_rows = op.node_group * per_kv;
+  const AttentionLayout<T> layout(PadTo16(query_rows), dim);
+  T* q = reinterpret_cast<T*>(work + layout.q);
+  float* scores = reinterpret_cast<float*>(work + layout.scores);
+  T* v = reinterpret_cast<T*>(work + layout.v);
+  const int q_stride = StateStride<T>(dim);
+  const int groups = (nodes.rows + op.node_group - 1) / op.node_group;
+  const int tasks = op.kv_heads * nodes.key_blocks * groups;
+  constexpr int kPer16 = 16 / sizeof(T);
+  const int vectors = dim / kPer16;
+  const int kv_width = op.kv_heads * dim;
 #pragma unroll 1
-    for (int d = 0; d < head_dim; d += 4 * kVector) {
-      uint4 bits[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if (d + k * kVector < head_dim) {
-          bits[k] = __ldcg(reinterpret_cast<const uint4*>(key + d + k * kVector));
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if (d + k * kVector >= head_dim) break;
-        T values[kVector];
-        memcpy(values, &bits[k], sizeof(bits[k]));
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          sum = fmaf(q[d + k * kVector + i], ToFloat(values[i]), sum);
-        }
-      }
+  for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const int kv_head = task % op.kv_heads;
+    const int rest = task / op.kv_heads;
+    const int block = rest / groups, first_node = (rest - block * groups) * op.node_group;
+    const int count = min(op.node_group, nodes.rows - first_node);
+    const int start = block * kKeysPerBlock;
+    const int stored_keys = min(max(nodes.prefix - start, 0), kKeysPerBlock);
+    // Pending nodes belong to the blocks that reach beyond the prefix.
+    const int pending = start + kKeysPerBlock > nodes.prefix ? nodes.first_pending + nodes.rows : 0;
+    const T* keys = store.k + kv_head * dim;
+    const T* values = store.v + kv_head * dim;
+#pragma unroll 1
+    for (int i = tid; i < count * per_kv * vectors; i += kConsumers) {
+      const int r = i / vectors, d = (i - r * vectors) * kPer16;
+      const int node = r / per_kv, head = kv_head * per_kv + r - node * per_kv;
+      CopyAsync16(q + r * q_stride + d,
+                  static_cast<const T*>(op.q) + ((first_node + node) * op.heads + head) * dim + d);
     }
-  } else {
 #pragma unroll 1
-    for (int d = 0; d < head_dim; ++d) sum = fmaf(q[d], ToFloat(key[d]), sum);
-  }
-  return sum;
-}
-
-// One warp a row, head and block of keys. kDimsPerLane: of heads of up to 32 times as many.
-// A function of its own, so that its many registers are not the whole kernel's.
-template <typename T, int kDimsPerLane>
-__device__ __noinline__ void AttendBlocks(const AttentionOp& op, const PassNodes& nodes,
-                                          float* work) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float* q = work + warp * kMaxHeadDim;
-  const LayerStore<T>& store = static_cast<const LayerStore<T>*>(nodes.layers)[op.layer];
-  const int tasks = nodes.rows * op.heads * nodes.key_blocks;
-#pragma unroll 1
-  for (int task = warp * gridDim.x + blockIdx.x; task < tasks; task += kConsumerWarps * gridDim.x) {
-    const int head = task % op.heads;
-    const int row = task / op.heads % nodes.rows;
-    const int block = task / op.heads / nodes.rows;
-    const int t = nodes.position[row];
-    const int first = block * kKeysPerBlock;
-    if (first > t) continue;
-    const int end = min(first + kKeysPerBlock, t + 1);
-    const int kv_head = head / (op.heads / op.kv_heads);
-    __syncwarp();
-#pragma unroll 1
-    for (int d = lane; d < op.head_dim; d += 32) {
-      q[d] =
-          op.scale * __ldcg(op.q + (static_cast<int64_t>(row) * op.heads + head) * op.head_dim + d);
+    for (int i = tid; i < (stored_keys + pending) * vectors; i += kConsumers) {
+      const int r = i / vectors, d = (i - r * vectors) * kPer16;
+      const int64_t row = r < stored_keys ? start + r : nodes.kv_capacity + r - stored_keys;
+      const int slot = r < stored_keys ? r : kKeysPerBlock + r - stored_keys;
+      CopyAsync16(v + slot * dim + d, values + row * kv_width + d);
     }
-    __syncwarp();
-    float most = -INFINITY, total = 0.0f;
-    float sums[kDimsPerLane] = {};
+    // Eight stored keys a warp: first the prefix's, then pending ones.
+    const int slot = warp * 8 + octet;
+    const bool is_pending = warp >= kKeysPerBlock / 8;
+    const int key = is_pending ? slot - kKeysPerBlock : slot;
+    const bool there = key < (is_pending ? pending : stored_keys);
+    const T* key_row =
+        keys + static_cast<int64_t>(is_pending ? nodes.kv_capacity + key : start + key) * kv_width +
+        quad * 8;
+    StateVector<T> ahead[kBlocksAhead];
+#pragma unroll
+    for (int i = 0; i < kBlocksAhead; ++i) {
+      ahead[i].LoadGlobal(key_row + i * 32, there && i * 32 < dim);
+    }
+    CopiesWait();
+    SyncThreads<kConsumers>();
+    if (warp * 8 < (is_pending ? kKeysPerBlock + pending : stored_keys)) {
+      float sums[kTiles][4] = {};
 #pragma unroll 1
-    for (int chunk = first; chunk < end; chunk += 32) {
-      const int position = chunk + lane;
-      const bool valid = position < end;
-      int stored = 0;
-      float score = -INFINITY;
-      if (valid) {
-        stored = position < nodes.prefix
-                     ? position
-                     : nodes.kv_capacity + nodes.path[row][position - nodes.prefix];
-        score = DotKey<T>(
-            q, store.k + (static_cast<int64_t>(stored) * op.kv_heads + kv_head) * op.head_dim,
-            op.head_dim);
-      }
-      const float new_most = fmaxf(most, WarpMax(score));
-      const float correction = expf(most - new_most);  // 0 for the first chunk
-      const float p = valid ? expf(score - new_most) : 0.0f;
-      total = total * correction + WarpSum(p);
+      for (int first = 0; first < dim; first += 32 * kBlocksAhead) {
 #pragma unroll
-      for (int i = 0; i < kDimsPerLane; ++i) sums[i] *= correction;
-      most = new_most;
-      const int count = min(32, end - chunk);
-      // Several rows of values are on their way at a time.
-      constexpr int kAheadRows = kDimsPerLane <= 4 ? 8 : 4;
-#pragma unroll 1
-      for (int j = 0; j < count; j += kAheadRows) {
-        T values[kAheadRows][kDimsPerLane];
+        for (int i = 0; i < kBlocksAhead; ++i) {
+          const int d = first + i * 32;
+          if (d >= dim) break;
+          if (first > 0) ahead[i].LoadGlobal(key_row + d, there);
+          FragmentB<T> fb[2];
 #pragma unroll
-        for (int k = 0; k < kAheadRows; ++k) {
-          const int row_j = __shfl_sync(0xffffffffu, stored, j + k);
-          const T* from =
-              store.v + (static_cast<int64_t>(row_j) * op.kv_heads + kv_head) * op.head_dim;
+          for (int e = 0; e < 4; ++e) ahead[i].Set(fb[e / 2], e % 2, e / 2, e % 2);
 #pragma unroll
-          for (int i = 0; i < kDimsPerLane; ++i) {
-            const int d = i * 32 + lane;
-            if (d < op.head_dim) values[k][i] = from[d];
+          for (int m = 0; m < kTiles; ++m) {
+            if (m * 16 >= count * per_kv) break;
+            StateVector<T> low, high;
+            low.Load(q + (m * 16 + octet) * q_stride + d + quad * 8);
+            high.Load(q + (m * 16 + 8 + octet) * q_stride + d + quad * 8);
+#pragma unroll
+            for (int step = 0; step < 2; ++step) {
+              FragmentA<T> fa;
+              low.Set(fa, 0, step, 0);
+              high.Set(fa, 1, step, 0);
+              low.Set(fa, 2, step, 1);
+              high.Set(fa, 3, step, 1);
+              Multiply(sums[m], fa, fb[step]);
+            }
           }
         }
+      }
 #pragma unroll
-        for (int k = 0; k < kAheadRows; ++k) {
-          const float pj = __shfl_sync(0xffffffffu, p, j + k);
-          if (j + k >= count) break;
+      for (int half = 0; half < 2; ++half) {
+        const int k = (is_pending ? warp * 8 - kKeysPerBlock : warp * 8) + quad * 2 + half;
+        if (k >= (is_pending ? pending : stored_keys)) continue;
+        const int place = is_pending ? nodes.prefix + nodes.depth[k] - start : k;
+        if (place < 0 || place >= kKeysPerBlock) continue;
 #pragma unroll
-          for (int i = 0; i < kDimsPerLane; ++i) {
-            const int d = i * 32 + lane;
-            if (d < op.head_dim) sums[i] = fmaf(pj, ToFloat(values[k][i]), sums[i]);
+        for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+          for (int high = 0; high < 2; ++high) {
+            const int r = m * 16 + octet + high * 8;
+            if (r >= count * per_kv) continue;
+            if (is_pending && !(nodes.path_mask[first_node + r / per_kv] >> k & 1)) continue;
+            scores[r * kWeightStride + place] = sums[m][high * 2 + half];
           }
         }
       }
     }
-    float* to = nodes.attention +
-                ((static_cast<int64_t>(row) * op.heads + head) * nodes.key_blocks + block) *
-                    (op.head_dim + 2);
-    if (lane == 0) {
-      __stcg(to, most);
-      __stcg(to + 1, total);
+    SyncThreads<kConsumers>();
+    // A row of q a warp: probabilities, then values; a lane has every 32nd dimension's pair.
+#pragma unroll 1
+    for (int r = warp; r < count * per_kv; r += kConsumerWarps) {
+      const int node = r / per_kv, row = first_node + node;
+      const int here = min(kKeysPerBlock, nodes.position[row] - start + 1);
+      if (here <= 0) continue;
+      float* row_scores = scores + r * kWeightStride;
+      const float low = lane < here ? op.scale * row_scores[lane] : -INFINITY;
+      const float high = lane + 32 < here ? op.scale * row_scores[lane + 32] : -INFINITY;
+      const float most = WarpMax(fmaxf(low, high));
+      const float p_low = expf(low - most), p_high = expf(high - most);
+      const float total = WarpSum(p_low + p_high);
+      row_scores[lane] = p_low;
+      row_scores[lane + 32] = p_high;
+      __syncwarp();
+      float* to = nodes.attention +
+                  ((static_cast<int64_t>(row) * op.heads + kv_head * per_kv + r - node * per_kv) *
+                       nodes.key_blocks +
+                   block) *
+                      (dim + 2);
+      if (lane == 0) {
+        StoreNew(to, most);
+        StoreNew(to + 1, total);
+      }
+#pragma unroll 1
+      for (int d = lane * 2; d < dim; d += 64) {
+        float2 sum = {0.0f, 0.0f};
+        const auto add = [&](int slot_of, float p) {
+          float2 value;
+          if constexpr (sizeof(T) == 2) {
+            const uint32_t bits = *reinterpret_cast<const uint32_t*>(v + slot_of * dim + d);
+            value = {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+          } else {
+            value = *reinterpret_cast<const float2*>(v + slot_of * dim + d);
+          }
+          sum.x = fmaf(p, value.x, sum.x);
+          sum.y = fmaf(p, value.y, sum.y);
+        };
+        const int shared_keys = min(stored_keys, here);
+        int k = 0;
+#pragma unroll 2
+        for (; k + 4 <= shared_keys; k += 4) {
+          const float4 p = *reinterpret_cast<const float4*>(row_scores + k);
+          add(k, p.x);
+          add(k + 1, p.y);
+          add(k + 2, p.z);
+          add(k + 3, p.w);
+        }
+#pragma unroll 2
+        for (; k < here; ++k) {
+          const int at =
+              k < stored_keys ? k : kKeysPerBlock + nodes.path[row][start + k - nodes.prefix];
+          add(at, row_scores[k]);
+        }
+        *reinterpret_cast<float2*>(to + 2 + d) = sum;
+      }
     }
-#pragma unroll
-    for (int i = 0; i < kDimsPerLane; ++i) {
-      const int d = i * 32 + lane;
-      if (d < op.head_dim) __stcg(to + 2 + d, sums[i]);
-    }
+    if (task + gridDim.x < tasks) SyncThreads<kConsumers>();  // the shared memory is free
   }
 }
 
 // One warp a row and head: its blocks, in order.
 template <typename T>
-__device__ __noinline__ void CombineBlocks(const AttentionOp& op, const PassNodes& nodes,
-                                           int bucket_rows) {
-  constexpr int kDimsPerLane = kMaxHeadDim / 32;
+__device__ __forceinline__ void CombineBlocks(const AttentionOp& op, const PassNodes& nodes,
+                                              int bucket_rows) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int task = warp * gridDim.x + blockIdx.x; task < nodes.rows * op.heads;
        task += kConsumerWarps * gridDim.x) {
-    const int row = task / op.heads, head = task % op.heads;
+    const int row = task / op.heads, head = task - row * op.heads;
     const int blocks = nodes.position[row] / kKeysPerBlock + 1;
-    const float* from = nodes.attention + (static_cast<int64_t>(row) * op.heads + head) *
-                                              nodes.key_blocks * (op.head_dim + 2);
-    float most = -INFINITY, total = 0.0f;
-    float sums[kDimsPerLane] = {};
+    const int stride = op.padded_head + 2;
+    const float* from = nodes.attention + static_cast<int64_t>(task) * nodes.key_blocks * stride;
+    float most = -INFINITY;
 #pragma unroll 1
-    for (int block = 0; block < blocks; ++block, from += op.head_dim + 2) {
-      const float block_most = __ldcg(from);
-      const float new_most = fmaxf(most, block_most);
-      const float before = expf(most - new_most), here = expf(block_most - new_most);
-      total = fmaf(total, before, here * __ldcg(from + 1));
-#pragma unroll
-      for (int i = 0; i < kDimsPerLane; ++i) {
-        const int d = i * 32 + lane;
-        if (d < op.head_dim) sums[i] = fmaf(sums[i], before, here * __ldcg(from + 2 + d));
+    for (int b = lane; b < blocks; b += 32) most = fmaxf(most, LoadNew(from + b * stride));
+    most = WarpMax(most);
+#pragma unroll 1
+    for (int d = lane * 2; d < op.padded_head; d += 64) {
+      float total = 0.0f;
+      float2 sum = {0.0f, 0.0f};
+#pragma unroll 4
+      for (int b = 0; b < blocks; ++b) {
+        const float* at = from + b * stride;
+        const float factor = expf(LoadNew(at) - most);
+        total = fmaf(factor, LoadNew(at + 1), total);
+        sum.x = fmaf(factor, LoadNew(at + 2 + d), sum.x);
+        sum.y = fmaf(factor, LoadNew(at + 3 + d), sum.y);
       }
-      most = new_most;
-    }
-#pragma unroll
-    for (int i = 0; i < kDimsPerLane; ++i) {
-      const int d = i * 32 + lane;
-      if (d >= op.head_dim) continue;
+      T* act = static_cast<T*>(op.act);
       const int column = head * op.head_dim + d;
-      T* to = static_cast<T*>(op.act) +
-              (static_cast<int64_t>(column / 16) * bucket_rows + row) * 16 +
-              ActivationSlot(column % 16);
-      *to = FromFloat<T>(sums[i] / total);
+      if (d < op.head_dim) {
+        act[ActIndex<T>(bucket_rows, row, column)] = FromFloat<T>(__fdividef(sum.x, total));
+      }
+      if (d + 1 < op.head_dim) {
+        act[ActIndex<T>(bucket_rows, row, column + 1)] = FromFloat<T>(__fdividef(sum.y, total));
+      }
     }
   }
 }

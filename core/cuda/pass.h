@@ -3,16 +3,15 @@
 //
 // A pass is one launch of one persistent kernel (models/pass_kernel.cuh), a block on every
 // multiprocessor. It walks a list of operators with a barrier of the whole grid between them.
-// Blocks have eight warps that compute and three that bring data: one streams weights, in an order
-// that is fixed when the model is loaded, into a ring of slots in shared memory and so runs ahead
-// of the operators as far as the ring is long; one brings activations once they are there; one
-// brings into the cache what the next scan reads.
+// Blocks have sixteen warps that compute and three that bring data: one streams weights, in an
+// order that is fixed when the model is loaded, into a ring of slots in shared memory and so runs
+// ahead of the operators as far as the ring is long; one brings activations once they are there;
+// one brings into the cache what the next scan reads.
 //
 // Activations that a matrix product reads are kept as the tensor cores want them:
-//   act [k_steps][rows of the bucket][16]   T, k-step s holds columns 16 s to 16 s + 15 in the
-//                                           order of ActivationSlot
+//   act [k_steps][rows of the bucket][16]   T, elements of a k-step in the order of ActIndex
 // Products leave sums over parts of K ("splits"), which their reader adds in order:
-//   partials [splits][kMaxRows][ld]         f32
+//   partials [kMaxRows][splits][columns]    f32
 
 #ifndef CANOPY_CORE_CUDA_PASS_H_
 #define CANOPY_CORE_CUDA_PASS_H_
@@ -31,15 +30,20 @@
 namespace canopy::cuda {
 
 inline constexpr int kMaxRows = 64;  // nodes of a pass
-inline constexpr int kMaxTaps = 7;   // of a causal convolution, besides a node's own input
-inline constexpr int kConsumerWarps = 8;
+inline constexpr int kMaxTaps = 3;   // of a causal convolution, besides a node's own input
+inline constexpr int kConsumerWarps = 16;
 inline constexpr int kConsumers = 32 * kConsumerWarps;
 // And four warps that bring data, one of them idle: registers are given to groups of four warps.
 inline constexpr int kBlockThreads = kConsumers + 128;
 
-// Where column `k` of a k-step's 16 lies, so that a lane's operand is contiguous.
-CANOPY_HOST_DEVICE constexpr int ActivationSlot(int k) {
-  return (k & 7) / 2 * 4 + (k >> 3) * 2 + (k & 1);
+// Where column `column` of row `row` lies in an act of `bucket_rows` rows. Within a k-step, bf16 is
+// stored as 8 x 8 matrices [rows / 8][2][8][8], as wgmma and ldmatrix read them; f32 row by row
+// with a lane's four operands side by side.
+template <typename T>
+CANOPY_HOST_DEVICE constexpr int ActIndex(int bucket_rows, int row, int column) {
+  const int step = column / 16 * bucket_rows * 16, k = column % 16;
+  if (sizeof(T) == 2) return step + row / 8 * 128 + k / 8 * 64 + row % 8 * 8 + k % 8;
+  return step + row * 16 + (k & 7) / 2 * 4 + (k >> 3) * 2 + (k & 1);
 }
 
 // One sequence's storage of one layer. Row p % kRing of u, b and l holds position p of the prefix,
@@ -48,7 +52,7 @@ CANOPY_HOST_DEVICE constexpr int ActivationSlot(int k) {
 template <typename T>
 struct LayerStore {
   float* checkpoints[2];  // S in operand order, see verify/tree_scan_cuda.cuh
-  float* u;               // [kRing + pending, heads * head_dim]
+  float* u;               // [kRing + pending, heads * padded head_dim]
   T* b;                   // [kRing + pending, groups * padded d_state]
   float* l;               // [kRing + pending, heads]
   float* conv;            // [kernel - 1 + pending, channels]
@@ -83,14 +87,19 @@ struct Selected {
   int32_t token[kMaxRows][kMaxTop];
 };
 
+// counts: how many splits a tile of 1 << tile_shift columns has, at most `most`. Splits that a tile
+// does not have are there to be read, but hold anything.
 struct Partials {
   const float* data = nullptr;
-  int splits = 0;
-  int ld = 0;
+  const uint8_t* counts = nullptr;
+  int most = 0;
+  int tile_shift = 0;
+  int split_stride = 0;  // columns
+  int ld = 0;            // splits * columns
 };
 
-// RMSNorm of whole rows or of groups of a row, as sums of squares that the reader turns into one
-// factor a row and group: squares [kMaxRows][groups * count], f32.
+// RMSNorm of whole rows or of groups of a row, as sums of squares that are turned into one factor a
+// row and group: squares [kMaxRows][groups * count], f32.
 struct RowNorm {
   const float* squares = nullptr;  // null: no norm, the factor is 1
   int count = 0;                   // parts of a group

@@ -19,8 +19,10 @@ __device__ inline void BarrierInit(uint64_t* barrier, uint32_t arrivals) {
                "r"(arrivals)
                : "memory");
 }
-__device__ inline void BarrierArrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+__device__ inline void BarrierArrive(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+               "r"(arrivals)
+               : "memory");
 }
 // Arrives and announces bytes that a bulk copy will bring.
 __device__ inline void BarrierExpect(uint64_t* barrier, uint32_t bytes) {
@@ -80,8 +82,77 @@ __device__ inline void CopyAsync16(void* to, const void* from) {
 }
 __device__ inline void CopiesWait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Orders ordinary accesses with those of bulk copies.
+// Order ordinary accesses with those of bulk copies: to all memory, to shared memory alone.
 __device__ inline void FenceProxyAsync() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ inline void FenceProxyAsyncShared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Loads of what other blocks wrote in this pass: not through the cache of the multiprocessor. With
+// a condition they are one predicated instruction (the compiler makes branches of its own
+// intrinsics), and 0 where it does not hold.
+__device__ inline float LoadNew(const float* at, bool there = true) {
+  float v;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.s32 p, %2, 0;\n mov.f32 %0, 0f00000000;\n"
+      " @p ld.global.cg.f32 %0, [%1];\n}"
+      : "=f"(v)
+      : "l"(at), "r"(static_cast<int>(there)));
+  return v;
+}
+__device__ inline float4 LoadNew4(const float* at, bool there = true) {
+  float4 v;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n mov.f32 %0, 0f00000000;\n"
+      " mov.f32 %1, 0f00000000;\n mov.f32 %2, 0f00000000;\n mov.f32 %3, 0f00000000;\n"
+      " @p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "l"(at), "r"(static_cast<int>(there)));
+  return v;
+}
+__device__ inline uint4 LoadNewBits(const void* at, bool there = true) {
+  uint4 v;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n mov.u32 %0, 0;\n mov.u32 %1, 0;\n"
+      " mov.u32 %2, 0;\n mov.u32 %3, 0;\n @p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(at), "r"(static_cast<int>(there)));
+  return v;
+}
+// Loads of weights.
+__device__ inline float LoadWeight(const float* at, bool there = true) {
+  float v;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.s32 p, %2, 0;\n mov.f32 %0, 0f00000000;\n"
+      " @p ld.global.nc.f32 %0, [%1];\n}"
+      : "=f"(v)
+      : "l"(at), "r"(static_cast<int>(there)));
+  return v;
+}
+__device__ inline float4 LoadWeight4(const float* at, bool there = true) {
+  float4 v;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n mov.f32 %0, 0f00000000;\n"
+      " mov.f32 %1, 0f00000000;\n mov.f32 %2, 0f00000000;\n mov.f32 %3, 0f00000000;\n"
+      " @p ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "l"(at), "r"(static_cast<int>(there)));
+  return v;
+}
+// And their stores.
+__device__ inline void StoreNew(float* to, float v, bool there = true) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.s32 p, %2, 0;\n @p st.global.cg.f32 [%0], %1;\n}" ::"l"(to),
+      "f"(v), "r"(static_cast<int>(there))
+      : "memory");
+}
+__device__ inline void StoreNew4(float* to, float4 v, bool there = true) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n"
+      " @p st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(static_cast<int>(there))
+      : "memory");
+}
 
 // Registers a thread from here on, for all warps of a group of four.
 template <int kRegisters>
@@ -130,6 +201,91 @@ __device__ inline void Mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// Matrices of 8 x 8 bf16 whose rows of 16 bytes the lanes name: lanes 0 to 7 the first one's, and
+// so on. Lane l gets elements 2 (l % 4) and one more of row l / 4.
+__device__ inline void LoadMatrices(uint32_t (&m)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ inline void LoadMatrices(uint32_t (&m)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(m[0]), "=r"(m[1])
+               : "r"(address)
+               : "memory");
+}
+
+// wgmma: four warps multiply a unit of 64 x 16 with 16 x (8 kRowTiles), both in shared memory as
+// 8 x 8 matrices of 128 bytes, the two of a row of 16 side by side.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define CANOPY_HAS_WGMMA 1
+
+// No swizzle; 128 bytes to the next matrix along K, 256 along M or N.
+__device__ inline uint64_t WgmmaOperand(const void* at) {
+  return uint64_t{(SharedAddress(at) & 0x3ffff) >> 4} | uint64_t{128 >> 4} << 16 |
+         uint64_t{256 >> 4} << 32;
+}
+// d = a b, or d += a b where `add` is not 0. The compiler is not to touch the sums between Begin
+// and End.
+template <int kRowTiles>
+__device__ inline void WgmmaHold(float (&sums)[kRowTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kRowTiles * 4; ++i) asm volatile("" : "+f"(sums[i / 4][i % 4])::"memory");
+}
+template <int kRowTiles>
+__device__ inline void WgmmaBegin(float (&sums)[kRowTiles][4]) {
+  WgmmaHold(sums);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+template <int kRowTiles>
+__device__ inline void WgmmaEnd(float (&sums)[kRowTiles][4]) {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  WgmmaHold(sums);
+}
+#define CANOPY_WGMMA(n, operands, ...)                                                \
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" CANOPY_WGMMA_ADD_##n            \
+               ", 0;\n"                                                               \
+               " wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" operands \
+               "}, "                                                                  \
+               "%" CANOPY_WGMMA_A_##n ", %" CANOPY_WGMMA_B_##n ", p, 1, 1, 0, 0;\n}"  \
+               : __VA_ARGS__                                                          \
+               : "l"(a), "l"(b), "r"(add)                                             \
+               : "memory")
+#define CANOPY_WGMMA_ADD_8 "6"
+#define CANOPY_WGMMA_ADD_16 "10"
+#define CANOPY_WGMMA_ADD_32 "18"
+#define CANOPY_WGMMA_ADD_64 "34"
+#define CANOPY_WGMMA_A_8 "4"
+#define CANOPY_WGMMA_B_8 "5"
+#define CANOPY_WGMMA_A_16 "8"
+#define CANOPY_WGMMA_B_16 "9"
+#define CANOPY_WGMMA_A_32 "16"
+#define CANOPY_WGMMA_B_32 "17"
+#define CANOPY_WGMMA_A_64 "32"
+#define CANOPY_WGMMA_B_64 "33"
+#define CANOPY_WGMMA_TILE(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+__device__ inline void Wgmma(float (&d)[1][4], uint64_t a, uint64_t b, int add) {
+  CANOPY_WGMMA(8, "%0,%1,%2,%3", CANOPY_WGMMA_TILE(0));
+}
+__device__ inline void Wgmma(float (&d)[2][4], uint64_t a, uint64_t b, int add) {
+  CANOPY_WGMMA(16, "%0,%1,%2,%3,%4,%5,%6,%7", CANOPY_WGMMA_TILE(0), CANOPY_WGMMA_TILE(1));
+}
+__device__ inline void Wgmma(float (&d)[4][4], uint64_t a, uint64_t b, int add) {
+  CANOPY_WGMMA(32, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", CANOPY_WGMMA_TILE(0),
+               CANOPY_WGMMA_TILE(1), CANOPY_WGMMA_TILE(2), CANOPY_WGMMA_TILE(3));
+}
+__device__ inline void Wgmma(float (&d)[8][4], uint64_t a, uint64_t b, int add) {
+  CANOPY_WGMMA(64,
+               "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,"
+               "%23,%24,%25,%26,%27,%28,%29,%30,%31",
+               CANOPY_WGMMA_TILE(0), CANOPY_WGMMA_TILE(1), CANOPY_WGMMA_TILE(2),
+               CANOPY_WGMMA_TILE(3), CANOPY_WGMMA_TILE(4), CANOPY_WGMMA_TILE(5),
+               CANOPY_WGMMA_TILE(6), CANOPY_WGMMA_TILE(7));
+}
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 __device__ inline uint32_t PackBf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -245,7 +401,8 @@ __device__ inline float WarpMax(float x) {
   return x;
 }
 
-__device__ inline float Silu(float x) { return x / (1.0f + expf(-x)); }
+// Without the exact division's slow path, which is a call.
+__device__ inline float Silu(float x) { return __fdividef(x, 1.0f + expf(-x)); }
 
 }  // namespace canopy::cuda
 

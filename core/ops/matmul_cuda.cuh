@@ -1,15 +1,18 @@
 // The product of 1 to 64 rows with a weight matrix on the device: weights are streamed once, and a
 // row's bits do not depend on the number of rows.
 //
-// Weights are cut into blocks of 16 outputs by 16 inputs, each stored as the 32 lanes' operands of
-// one tensor core instruction. A block of threads has a rectangle of blocks, stored contiguously,
-// inputs outermost, so that the copies into shared memory are large and in order. Its eight warps
-// share it as warp_m groups of outputs by 8 / warp_m groups of inputs; the partial sums of those
-// are added in one fixed tree, and the sums over rectangles (`k_groups` of them) are left to the
-// reader, who adds them in order. All this depends on the matrix and the device alone, and a
-// column of a tensor core's result on that column alone: so row-invariant.
+// Weights are cut into units of 64 outputs by 16 inputs, a tensor core's first operand; `tile_subs`
+// units side by side make a tile, and the tiles' k-steps, one tile behind the other, are cut into
+// as many runs of equal length as there are multiprocessors. So every multiprocessor streams the
+// same number of bytes, from one contiguous place. The sums of a run over a part of a tile's K (a
+// "split") are left to the reader, who adds them in order. All this depends on the matrix and the
+// device alone, and a column of a tensor core's result on that column alone: so row-invariant.
 //
-// Bytes: weights once; activations rows * K * sizeof(T) for each of the m_groups rectangles.
+// Four groups of four warps take a unit of a tile each, where it has so many; on compute
+// capability 9.0 with wgmma, which reads both operands from shared memory, elsewhere with mma.sync.
+// f32 operands are split into three bf16 (core/cuda/ptx.cuh).
+//
+// Bytes: weights once; activations rows * K * sizeof(T) for each tile; sums.
 
 #ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
 #define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
@@ -18,102 +21,85 @@
 
 namespace canopy::cuda {
 
-// 126 KiB of slots: 17 MB in flight on 132 multiprocessors, four microseconds of an H200's
-// bandwidth, while other operators run. The tree scan needs the rest of the shared memory.
-inline constexpr int kSlotBytes = 32256;
+// 128 KiB of slots: 17 MB in flight on 132 multiprocessors, four microseconds of an H200's
+// bandwidth, while other operators run. Operators that are not products need the rest of the
+// shared memory; f32 ones more of it.
+inline constexpr int kSlotBytes = 32 << 10;
 template <typename T>
 inline constexpr int kSlots = sizeof(T) == 2 ? 4 : 2;
+inline constexpr int kActSlots = 4;
+inline constexpr int kActSlotBytes = 8 << 10;
+inline constexpr int kActRingBytes = kActSlots * kActSlotBytes;
+// K-steps of activations in a slot.
 template <typename T>
-inline constexpr int kWeightBlockBytes = 256 * sizeof(T);
+CANOPY_HOST_DEVICE constexpr int ActSteps(int row_tiles) {
+  return kActSlotBytes / (8 * row_tiles * 16 * static_cast<int>(sizeof(T)));
+}
+
+inline constexpr int kUnitRows = 64;  // outputs of a unit
 template <typename T>
-inline constexpr int kActRowBytes = 16 * sizeof(T);
-
-// What ConsumeMatmul works in: half of the warps' sums of one block for 64 rows.
-inline constexpr int kMatmulWorkBytes = 16 << 10;
-
-// Blocks of outputs that one warp holds sums of: with three, those of 64 rows did not fit the
-// registers (the head costs 6 us less then, a 64-node pass of mamba2-2.7b 10 ms more).
-inline constexpr int kWarpBlocks = 2;
+inline constexpr int kUnitBytes = kUnitRows * 16 * static_cast<int>(sizeof(T));
+inline constexpr int kMostTileSubs = kConsumerWarps / 4;
+inline constexpr int kMostSplits = 16;
+inline constexpr int kMostNormGroups = 16;
 
 struct MatmulOp {
   const void* weights = nullptr;
   const void* act = nullptr;
   float* out = nullptr;  // partials
-  int m_blocks = 0;
+  int units = 0;         // blocks of 64 outputs
+  int tile_subs = 1;
   int k_steps = 0;
-  int m_groups = 0;
-  int k_groups = 0;
-  int warp_m = 0;
+  int quantum = 1;       // runs begin and end at multiples of this, or at a tile's end
+  int split_stride = 0;  // columns of a split; ld is that of all
   int ld = 0;
-  int shift = 0;  // rectangle 0 belongs to this block, so that larger ones are spread evenly
-  RowNorm norm;   // of the rows of the result (the head); elsewhere the reader scales
+  int index = 0;  // of the operator in its pass
+  // Norms of the input whose factor the product applies: of the head, and of groups of columns
+  // (group_steps k-steps each). Elsewhere the reader does.
+  RowNorm norm;
+  int group_steps = 0;
 };
 
-// The rectangle of one block.
-struct MatmulTile {
-  int m0, blocks, k0, steps;
-  int split;  // which of the k_groups
-  int64_t first_block;
+// How tiles are cut into runs: in quanta, one run a block, as long as there are quanta.
+struct MatmulCut {
+  int per_tile, total;  // quanta
+  int runs;
+
+  CANOPY_HOST_DEVICE MatmulCut(const MatmulOp& op, int grid)
+      : per_tile((op.k_steps + op.quantum - 1) / op.quantum),
+        total((op.units + op.tile_subs - 1) / op.tile_subs * per_tile),
+        runs(grid < total ? grid : total) {}
+  // The first quantum of a run; of a block without one, `total`.
+  CANOPY_HOST_DEVICE int First(int run) const {
+    return run >= runs ? total : static_cast<int>(uint32_t(total) * uint32_t(run) / uint32_t(runs));
+  }
+  CANOPY_HOST_DEVICE int RunOf(int quantum) const {
+    return static_cast<int>((uint32_t(quantum + 1) * uint32_t(runs) - 1) / uint32_t(total));
+  }
+  CANOPY_HOST_DEVICE int Splits(int tile) const {
+    return RunOf((tile + 1) * per_tile - 1) - RunOf(tile * per_tile) + 1;
+  }
 };
 
-// `total` cut into `parts` parts as even as can be, the larger ones first.
-struct Cut {
-  int first, count;
-};
-CANOPY_HOST_DEVICE inline Cut CutOf(int total, int parts, int index) {
-  const int base = total / parts, more = total % parts;
-  return {index * base + (index < more ? index : more), base + (index < more ? 1 : 0)};
-}
-// The part that holds `at`.
-CANOPY_HOST_DEVICE inline int CutIndex(int total, int parts, int at) {
-  const int base = total / parts, more = total % parts;
-  return at < more * (base + 1) ? at / (base + 1) : more + (at - more * (base + 1)) / base;
-}
-
-CANOPY_HOST_DEVICE inline int64_t FirstBlock(const MatmulOp& op, const Cut& m, const Cut& k) {
-  return static_cast<int64_t>(k.first) * op.m_blocks + static_cast<int64_t>(k.count) * m.first;
-}
-
-CANOPY_HOST_DEVICE inline bool TileOf(const MatmulOp& op, int block, int grid, MatmulTile* tile) {
-  int index = block - op.shift;
-  if (index < 0) index += grid;
-  if (index >= op.m_groups * op.k_groups) return false;
-  const int split = index / op.m_groups;
-  const Cut m = CutOf(op.m_blocks, op.m_groups, index % op.m_groups);
-  const Cut k = CutOf(op.k_steps, op.k_groups, split);
-  *tile = {m.first, m.count, k.first, k.count, split, FirstBlock(op, m, k)};
-  return true;
-}
-
-// K-steps that a slot holds, weights and activations, for buckets of 8 * row_tiles rows.
-template <typename T>
-CANOPY_HOST_DEVICE inline int StepsPerSlot(const MatmulOp& op, int row_tiles) {
-  const int k_warps = kConsumerWarps / op.warp_m;
-  const int most_blocks = (op.m_blocks + op.m_groups - 1) / op.m_groups;
-  const int step = most_blocks * kWeightBlockBytes<T> + 8 * row_tiles * kActRowBytes<T>;
-  return kSlotBytes / step / k_warps * k_warps;
-}
-template <typename T>
-CANOPY_HOST_DEVICE inline int ActOffset(const MatmulOp& op, int steps_per_slot) {
-  const int most_blocks = (op.m_blocks + op.m_groups - 1) / op.m_groups;
-  return steps_per_slot * most_blocks * kWeightBlockBytes<T>;
-}
-
-// Element of weight (m, k) in the packed matrix.
+// Element of weight (m, k) in the packed matrix: [tile][k-step][unit of the tile][64 x 16]. A unit
+// of bf16 is 8 x 8 matrices [8][2][8][8]; f32 four blocks of 16 x 16 as a warp's operands.
 template <typename T>
 CANOPY_HOST_DEVICE inline int64_t PackedElement(const MatmulOp& op, int m, int k) {
-  const int mb = m / 16, ks = k / 16;
-  const Cut blocks = CutOf(op.m_blocks, op.m_groups, CutIndex(op.m_blocks, op.m_groups, mb));
-  const Cut steps = CutOf(op.k_steps, op.k_groups, CutIndex(op.k_steps, op.k_groups, ks));
-  const int64_t block = FirstBlock(op, blocks, steps) +
-                        static_cast<int64_t>(ks - steps.first) * blocks.count + (mb - blocks.first);
-  const int row = m % 16, column = k % 16;
-  const int lane = row % 8 * 4 + column % 8 / 2;
-  const int element = column / 8 * 4 + row / 8 * 2 + column % 2;
-  // f32 operands of a lane are two vectors of four.
-  const int per_vector = 16 / static_cast<int>(sizeof(T));
-  return block * 256 + element / per_vector * 32 * per_vector + lane * per_vector +
-         element % per_vector;
+  const int unit = m / kUnitRows, tile = unit / op.tile_subs, first = tile * op.tile_subs;
+  const int subs = op.units - first < op.tile_subs ? op.units - first : op.tile_subs;
+  const int64_t at = static_cast<int64_t>(first) * op.k_steps +
+                     static_cast<int64_t>(k / 16) * subs + (unit - first);
+  m %= kUnitRows;
+  k %= 16;
+  int element;
+  if (sizeof(T) == 2) {
+    element = (m / 8 * 2 + k / 8) * 64 + m % 8 * 8 + k % 8;
+  } else {
+    const int row = m % 16, lane = row % 8 * 4 + k % 8 / 2;
+    const int e = k / 8 * 4 + row / 8 * 2 + k % 2;
+    element = m / 16 * 256 + e / 4 * 128 + lane * 4 + e % 4;
+  }
+  return at * (kUnitRows * 16) + element;
 }
 
 }  // namespace canopy::cuda
@@ -124,198 +110,356 @@ CANOPY_HOST_DEVICE inline int64_t PackedElement(const MatmulOp& op, int m, int k
 
 namespace canopy::cuda {
 
+// A part of a block's run: k-steps of one tile and one norm group, told with its first slot.
+struct __align__(16) PartInfo {
+  int32_t column;  // first output
+  int16_t steps;   // 0: nothing to do for this block
+  int16_t split;
+  int16_t group;
+  int16_t subs;
+  uint8_t first, last;  // of the run's parts of the tile
+  uint8_t end;          // of the operator
+};
+
+struct RingPlace {
+  int slot, act_slot;
+  uint32_t phase, act_phase;
+};
+
 // The slots and their barriers, as one of the three roles walks through them.
 struct Ring {
   char* slots;
+  char* act_slots;
+  PartInfo* infos;
   uint64_t* weights_here;
+  uint64_t* weights_empty;
   uint64_t* acts_here;
-  uint64_t* empty;
-  int slot = 0;
-  uint32_t phase = 0;
+  uint64_t* acts_empty;
+  int slot = 0, act_slot = 0;
+  uint32_t phase = 0, act_phase = 0;
 
-  __device__ char* data() const { return slots + slot * kSlotBytes; }
+  __device__ char* weights() const { return slots + slot * kSlotBytes; }
+  __device__ char* acts() const { return act_slots + act_slot * kActSlotBytes; }
   template <typename T>
-  __device__ void Next() {
+  __device__ void NextWeights() {
     if (++slot == kSlots<T>) {
       slot = 0;
       phase ^= 1;
     }
   }
+  __device__ void NextActs() {
+    if (++act_slot == kActSlots) {
+      act_slot = 0;
+      act_phase ^= 1;
+    }
+  }
 };
 
-// One thread: streams the weights of this block's rectangle.
+// K-steps of weights in a slot.
 template <typename T>
-__device__ inline void StreamWeights(const MatmulOp& op, int row_tiles, Ring& ring,
-                                     uint64_t policy) {
-  MatmulTile tile;
-  if (!TileOf(op, blockIdx.x, gridDim.x, &tile)) return;
-  const int per_slot = StepsPerSlot<T>(op, row_tiles);
-  const char* from = static_cast<const char*>(op.weights) + tile.first_block * kWeightBlockBytes<T>;
-  for (int k = 0; k < tile.steps; k += per_slot) {
-    const int steps = min(per_slot, tile.steps - k);
-    const uint32_t bytes = steps * tile.blocks * kWeightBlockBytes<T>;
-    BarrierWait(&ring.empty[ring.slot], ring.phase ^ 1);
-    BarrierExpect(&ring.weights_here[ring.slot], bytes);
-    BulkCopy(ring.data(), from, bytes, &ring.weights_here[ring.slot], policy);
-    from += bytes;
-    ring.Next<T>();
+__device__ inline int SlotSteps(int subs) {
+  return kSlotBytes / kUnitBytes<T> / subs;
+}
+
+// Calls task(part, first k-step, bytes of weights before it) for every part of this block's run.
+template <typename T, typename F>
+__device__ inline void ForParts(const MatmulOp& op, const F& task) {
+  const int run = blockIdx.x;
+  const MatmulCut cut(op, gridDim.x);
+  const int end = cut.First(run + 1);
+  int quantum = cut.First(run);
+  PartInfo part = {};
+  part.first = part.last = part.end = 1;
+  part.subs = 1;
+  if (quantum >= end) task(part, 0, int64_t{0});
+  while (quantum < end) {
+    const int tile = quantum / cut.per_tile;
+    const int tile_quantum = tile * cut.per_tile;
+    const int part_end = min(end, tile_quantum + cut.per_tile);
+    const int first_unit = tile * op.tile_subs;
+    const int subs = min(op.tile_subs, op.units - first_unit);
+    const int k0 = (quantum - tile_quantum) * op.quantum;
+    const int k1 = min(op.k_steps, (part_end - tile_quantum) * op.quantum);
+    part.subs = static_cast<int16_t>(subs);
+    part.column = first_unit * kUnitRows;
+    part.split = static_cast<int16_t>(run - cut.RunOf(tile_quantum));
+    for (int k = k0; k < k1; k += part.steps) {
+      int steps = k1 - k;
+      if (op.norm.groups > 1) {
+        part.group = static_cast<int16_t>(k / op.group_steps);
+        steps = min(steps, (part.group + 1) * op.group_steps - k);
+      }
+      part.steps = static_cast<int16_t>(steps);
+      part.first = k == k0;
+      part.last = k + steps == k1;
+      part.end = part.last && part_end == end;
+      task(part, k,
+           (static_cast<int64_t>(first_unit) * op.k_steps + static_cast<int64_t>(k) * subs) *
+               kUnitBytes<T>);
+    }
+    quantum = part_end;
   }
 }
 
-// One thread: brings the activations of the rectangle's inputs.
+// One thread: streams the weights of this block's run.
 template <typename T>
-__device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring, uint64_t policy) {
-  MatmulTile tile;
-  if (!TileOf(op, blockIdx.x, gridDim.x, &tile)) return;
-  const int per_slot = StepsPerSlot<T>(op, row_tiles);
-  const int step_bytes = 8 * row_tiles * kActRowBytes<T>;
-  const int offset = ActOffset<T>(op, per_slot);
-  const char* from = static_cast<const char*>(op.act) + static_cast<int64_t>(tile.k0) * step_bytes;
-  for (int k = 0; k < tile.steps; k += per_slot) {
-    const uint32_t bytes = min(per_slot, tile.steps - k) * step_bytes;
-    BarrierWait(&ring.empty[ring.slot], ring.phase ^ 1);
-    BarrierExpect(&ring.acts_here[ring.slot], bytes);
-    BulkCopy(ring.data() + offset, from, bytes, &ring.acts_here[ring.slot], policy);
-    from += bytes;
-    ring.Next<T>();
-  }
+__device__ inline void StreamWeights(const MatmulOp& op, Ring& ring, uint64_t policy) {
+  ForParts<T>(op, [&](const PartInfo& part, int, int64_t offset) {
+    const char* from = static_cast<const char*>(op.weights) + offset;
+    const int most = SlotSteps<T>(part.subs);
+    int left = part.steps;
+    do {
+      const int steps = min(left, most);
+      const uint32_t bytes = steps * part.subs * kUnitBytes<T>;
+      BarrierWait(&ring.weights_empty[ring.slot], ring.phase ^ 1);
+      ring.infos[ring.slot] = part;
+      BarrierExpect(&ring.weights_here[ring.slot], bytes);
+      if (bytes > 0) {
+        BulkCopy(ring.weights(), from, bytes, &ring.weights_here[ring.slot], policy);
+      }
+      from += bytes;
+      left -= steps;
+      ring.NextWeights<T>();
+    } while (left > 0);
+  });
 }
 
-__device__ inline FragmentA<__nv_bfloat16> LoadWeights(const __nv_bfloat16* block, int lane) {
-  const uint4 v = reinterpret_cast<const uint4*>(block)[lane];
-  return {{v.x, v.y, v.z, v.w}};
-}
-__device__ inline FragmentA<float> LoadWeights(const float* block, int lane) {
-  const float4 a = reinterpret_cast<const float4*>(block)[lane];
-  const float4 b = reinterpret_cast<const float4*>(block)[32 + lane];
-  FragmentA<float> f;
-  SetPair(f, 0, a.x, a.y);
-  SetPair(f, 1, a.z, a.w);
-  SetPair(f, 2, b.x, b.y);
-  SetPair(f, 3, b.z, b.w);
-  return f;
-}
-__device__ inline FragmentB<__nv_bfloat16> LoadActs(const __nv_bfloat16* rows, int lane) {
-  const uint2 v = reinterpret_cast<const uint2*>(rows)[lane];
-  return {{v.x, v.y}};
-}
-__device__ inline FragmentB<float> LoadActs(const float* rows, int lane) {
-  const float4 v = reinterpret_cast<const float4*>(rows)[lane];
-  FragmentB<float> f;
-  SetPair(f, 0, v.x, v.y);
-  SetPair(f, 1, v.z, v.w);
-  return f;
+// One thread: brings the activations that go with them, once ready() has returned.
+template <typename T, typename Ready>
+__device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring, uint64_t policy,
+                                  const Ready& ready) {
+  const int step_bytes = 8 * row_tiles * 16 * static_cast<int>(sizeof(T));
+  bool waited = false;
+  ForParts<T>(op, [&](const PartInfo& part, int k, int64_t) {
+    if (!waited) ready();
+    waited = true;
+    const char* from = static_cast<const char*>(op.act) + k * step_bytes;
+    int left = part.steps;
+    do {
+      const int steps = min(left, ActSteps<T>(row_tiles));
+      const uint32_t bytes = steps * step_bytes;
+      BarrierWait(&ring.acts_empty[ring.act_slot], ring.act_phase ^ 1);
+      BarrierExpect(&ring.acts_here[ring.act_slot], bytes);
+      if (bytes > 0) {
+        BulkCopy(ring.acts(), from, bytes, &ring.acts_here[ring.act_slot], policy);
+      }
+      from += bytes;
+      left -= steps;
+      ring.NextActs();
+    } while (left > 0);
+  });
 }
 
-// One factor a row and group into factors [groups][kMaxRows] in shared memory. The caller
-// synchronises.
-__device__ inline void RowFactors(const RowNorm& norm, int rows, float* factors) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int i = warp; i < rows * norm.groups; i += kConsumerWarps) {
-    const int row = i % rows, group = i / rows;
-    float factor = 1.0f;
-    if (norm.squares != nullptr) {
-      const float* squares = norm.squares + (row * norm.groups + group) * norm.count;
-      float sum = 0.0f;
-      for (int j = lane; j < norm.count; j += 256) {
-        float v[8];
+template <int kRowTiles>
+__device__ inline void Clear(float (&sums)[kRowTiles][4]) {
 #pragma unroll
-        for (int k = 0; k < 8; ++k)
-          v[k] = j + 32 * k < norm.count ? __ldcg(squares + j + 32 * k) : 0.0f;
-#pragma unroll
-        for (int k = 0; k < 8; ++k) sum += v[k];
-      }
-      factor = rsqrtf(WarpSum(sum) * norm.inverse_width + norm.eps);
-    }
-    if (lane == 0) factors[group * kMaxRows + row] = factor;
-  }
+  for (int i = 0; i < kRowTiles * 4; ++i) sums[i / 4][i % 4] = 0.0f;
 }
 
-// All consumer threads. `work` holds kMatmulWorkBytes.
-template <typename T, int kRowTiles>
-__device__ __noinline__ void ConsumeMatmul(const MatmulOp& op, int rows, Ring& state, float* work) {
-  Ring ring = state;
-  MatmulTile tile;
-  const bool mine = TileOf(op, blockIdx.x, gridDim.x, &tile);
-  if (!mine) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int k_warps = kConsumerWarps / op.warp_m;
-  const int wm = warp % op.warp_m, wk = warp / op.warp_m;
-  const int per_slot = StepsPerSlot<T>(op, kRowTiles);
-  const int act_offset = ActOffset<T>(op, per_slot);
-  float sums[kWarpBlocks][kRowTiles][4] = {};
-  for (int k = 0; k < tile.steps; k += per_slot) {
-    const int steps = min(per_slot, tile.steps - k);
-    BarrierWait(&ring.weights_here[ring.slot], ring.phase);
-    BarrierWait(&ring.acts_here[ring.slot], ring.phase);
-    const T* weights = reinterpret_cast<const T*>(ring.data());
-    const T* acts = reinterpret_cast<const T*>(ring.data() + act_offset);
-    for (int step = wk; step < steps; step += k_warps) {
-      FragmentB<T> b[kRowTiles];
-#pragma unroll
-      for (int n = 0; n < kRowTiles; ++n) {
-        b[n] = LoadActs(acts + (step * kRowTiles + n) * 128, lane);
-      }
-#pragma unroll
-      for (int i = 0; i < kWarpBlocks; ++i) {
-        const int block = wm + i * op.warp_m;
-        if (block >= tile.blocks) break;
-        const FragmentA<T> a = LoadWeights(weights + (step * tile.blocks + block) * 256, lane);
-#pragma unroll
-        for (int n = 0; n < kRowTiles; ++n) Multiply(sums[i][n], a, b[n]);
-      }
-    }
-    __syncwarp();
-    if (lane == 0) BarrierArrive(&ring.empty[ring.slot]);
-    ring.Next<T>();
+// sums += unit x acts for `steps` k-steps, from zero where `fresh`. A warp of the group has 16 of
+// the unit's outputs: lane l of warp w holds outputs 16 w + l / 4 and 8 more of rows 8 n + 2 (l %
+// 4) and 1 more.
+template <int kRowTiles>
+__device__ inline void MultiplySteps(float (&sums)[kRowTiles][4], const __nv_bfloat16* weights,
+                                     const __nv_bfloat16* acts, int steps, int subs, bool fresh) {
+#ifdef CANOPY_HAS_WGMMA
+  WgmmaBegin(sums);
+  uint64_t a = WgmmaOperand(weights), b = WgmmaOperand(acts);
+  int add = fresh ? 0 : 1;
+  for (int step = 0; step < steps; ++step) {
+    Wgmma(sums, a, b, add);
+    add = 1;
+    a += subs * (kUnitBytes<__nv_bfloat16> >> 4);
+    b += kRowTiles * (256 >> 4);
   }
-  state = ring;
-  // The warps' parts of K, in one fixed tree, one of a warp's blocks at a time.
-  if (k_warps > 1) {
-#pragma unroll
-    for (int i = 0; i < kWarpBlocks; ++i) {
-      if (i * op.warp_m >= tile.blocks) break;
-      for (int half = k_warps / 2; half > 0; half /= 2) {
-        SyncThreads<kConsumers>();
-        if (wk >= half && wk < 2 * half) {
-          float* to = work + ((wk - half) * op.warp_m + wm) * kRowTiles * 128 + lane;
-#pragma unroll
-          for (int e = 0; e < kRowTiles * 4; ++e) to[e * 32] = sums[i][e / 4][e % 4];
-        }
-        SyncThreads<kConsumers>();
-        if (wk < half) {
-          const float* from = work + (wk * op.warp_m + wm) * kRowTiles * 128 + lane;
-#pragma unroll
-          for (int e = 0; e < kRowTiles * 4; ++e) sums[i][e / 4][e % 4] += from[e * 32];
-        }
-      }
-    }
-    SyncThreads<kConsumers>();
-  }
-  if (op.norm.squares != nullptr) {
-    RowFactors(op.norm, rows, work);
-    SyncThreads<kConsumers>();
-  }
-  if (wk == 0) {
-    float* out = op.out + static_cast<int64_t>(tile.split) * kMaxRows * op.ld;
+  WgmmaEnd(sums);
+#else
+  if (fresh) Clear(sums);
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const uint32_t a_lane = SharedAddress(weights + warp * 256 + lane * 8);
+  const uint32_t b_lane = SharedAddress(acts + lane % 16 * 8);
+  for (int step = 0; step < steps; ++step) {
+    // Matrices in the order (rows, k): (0, 0), (0, 1), (1, 0), (1, 1).
+    uint32_t m[4];
+    LoadMatrices(m, a_lane + step * subs * kUnitBytes<__nv_bfloat16>);
+    const uint32_t a[4] = {m[0], m[2], m[1], m[3]};
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
+      uint32_t b[2];
+      LoadMatrices(b, b_lane + (step * kRowTiles + n) * 256);
+      Mma(sums[n], a, b);
+    }
+  }
+#endif
+}
+template <int kRowTiles>
+__device__ inline void MultiplySteps(float (&sums)[kRowTiles][4], const float* weights,
+                                     const float* acts, int steps, int subs, bool fresh) {
+  if (fresh) Clear(sums);
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  for (int step = 0; step < steps; ++step) {
+    const float4* block =
+        reinterpret_cast<const float4*>(weights + step * subs * (kUnitRows * 16) + warp * 256);
+    const float4 low = block[lane], high = block[32 + lane];
+    FragmentA<float> a;
+    SetPair(a, 0, low.x, low.y);
+    SetPair(a, 1, low.z, low.w);
+    SetPair(a, 2, high.x, high.y);
+    SetPair(a, 3, high.z, high.w);
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+      const float4 v = reinterpret_cast<const float4*>(acts + (step * kRowTiles + n) * 128)[lane];
+      FragmentB<float> b;
+      SetPair(b, 0, v.x, v.y);
+      SetPair(b, 1, v.z, v.w);
+      Multiply(sums[n], a, b);
+    }
+  }
+}
+
+// The factor of a row and group of columns, by one warp; the same in all lanes. Loads first, so
+// that several factors' loads are under way together.
+struct RowFactor {
+  static constexpr int kAhead = 6;
+  float v[kAhead];
+
+  __device__ void Load(const RowNorm& norm, int at) {  // row * groups + group
+    const int count = norm.squares == nullptr ? 0 : norm.count, lane = threadIdx.x % 32;
+    const float* from = norm.squares + at * count + lane;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) v[k] = LoadNew(from + 32 * k, lane + 32 * k < count);
+  }
+  __device__ float Finish(const RowNorm& norm, int at) const {
+    float sum = ((v[0] + v[1]) + (v[2] + v[3])) + (v[4] + v[5]);
+    if (norm.count > 32 * kAhead) {
+      const float* from = norm.squares + at * norm.count;
+#pragma unroll 1
+      for (int j = threadIdx.x % 32 + 32 * kAhead; j < norm.count; j += 32) {
+        sum += LoadNew(from + j);
+      }
+    }
+    const float factor = rsqrtf(fmaf(WarpSum(sum), norm.inverse_width, norm.eps));
+    return norm.squares == nullptr ? 1.0f : factor;
+  }
+};
+
+// All factors, into [groups][kMaxRows] in shared memory. The caller synchronises.
+__device__ inline void RowFactors(const RowNorm& norm, int rows, float* factors) {
+  const int warp = threadIdx.x / 32;
+  const int count = rows * norm.groups;
+#pragma unroll 1
+  for (int first = warp; first < count; first += 2 * kConsumerWarps) {
+    RowFactor factor[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int i = min(first + n * kConsumerWarps, count - 1);
+      factor[n].Load(norm, i);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int i = min(first + n * kConsumerWarps, count - 1);
+      const float f = factor[n].Finish(norm, i);
+      const int row = i / norm.groups;
+      if (threadIdx.x % 32 == 0) factors[(i - row * norm.groups) * kMaxRows + row] = f;
+    }
+  }
+}
+
+// A function of its own: divergent loops before wgmma make the compiler serialise that.
+__device__ __noinline__ inline void MatmulFactors(const RowNorm& norm, int rows, float* factors) {
+  RowFactors(norm, rows, factors);
+}
+
+// All computing threads. factors: [norm groups][kMaxRows] in shared memory.
+template <typename T, int kRowTiles>
+__device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, const Ring& first,
+                                              RingPlace* at, float* factors) {
+  // What decides on the way to wgmma must be seen to be the same in a whole warp: hence shuffles.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), sub = warp / 4;
+  const int lane = threadIdx.x % 32;
+  const bool with_norm = op.norm.squares != nullptr;
+  // Groups of warps that have no unit in any tile leave the rings to the others, who tell by
+  // `at` where they are.
+  const auto uniform = [](auto value) { return __shfl_sync(0xffffffffu, value, 0); };
+  const bool idle = sub >= uniform(op.tile_subs);
+  const uint32_t arrivals = kConsumerWarps / 4 / op.tile_subs;
+  Ring ring = first;
+  ring.slot = uniform(at->slot), ring.phase = uniform(at->phase);
+  ring.act_slot = uniform(at->act_slot), ring.act_phase = uniform(at->act_phase);
+  const bool grouped = op.norm.groups > 1;
+  float sums[kRowTiles][4] = {};
+  float totals[kRowTiles][4] = {};  // of norm groups that are complete
+  if (with_norm) {
+    MatmulFactors(op.norm, rows, factors);
+    SyncThreads<kConsumers>();
+  }
+  PartInfo part = {};
+  int left = 0, acts_left = 0, most = 0, subs = 0;
+  bool end = idle;
+  while (!end) {
+    BarrierWait(&ring.weights_here[ring.slot], ring.phase);
+    bool fresh = left == 0;
+    if (fresh) {
+      part = ring.infos[ring.slot];
+      left = uniform(int{part.steps});
+      subs = uniform(int{part.subs});
+      most = SlotSteps<T>(subs);
+      acts_left = 0;
+    }
+    // A group of warps whose unit the last tile does not have computes nothing of use.
+    const T* weights = reinterpret_cast<const T*>(ring.weights() + sub * kUnitBytes<T>);
+    int in_slot = min(left, most);
+    left -= in_slot;
+    do {
+      if (acts_left == 0) {
+        BarrierWait(&ring.acts_here[ring.act_slot], ring.act_phase);
+        acts_left = ActSteps<T>(kRowTiles);
+      }
+      const int steps = min(in_slot, acts_left);
+      MultiplySteps<kRowTiles>(sums, weights,
+                               reinterpret_cast<const T*>(ring.acts()) +
+                                   (ActSteps<T>(kRowTiles) - acts_left) * (kRowTiles * 128),
+                               steps, subs, fresh);
+      fresh = false;
+      weights += steps * subs * (kUnitRows * 16);
+      in_slot -= steps;
+      acts_left -= steps;
+      if (acts_left == 0 || left + in_slot == 0) {
+        if (lane == 0) BarrierArrive(&ring.acts_empty[ring.act_slot], arrivals);
+        ring.NextActs();
+      }
+    } while (in_slot > 0);
+    if (lane == 0) BarrierArrive(&ring.weights_empty[ring.slot], arrivals);
+    ring.NextWeights<T>();
+    if (left > 0) continue;
+    end = uniform(int{part.end}) != 0;
+    if (sub >= subs || part.steps == 0) continue;
+    const float* group_factors = factors + part.group * kMaxRows + lane % 4 * 2;
+    if (grouped) {
+      if (part.first) Clear(totals);
+#pragma unroll
+      for (int i = 0; i < kRowTiles * 4; ++i) {
+        const int n = i / 4, e = i % 4;
+        totals[n][e] = fmaf(group_factors[n * 8 + e % 2], sums[n][e], totals[n][e]);
+      }
+    }
+    if (!part.last) continue;
+    float* out = op.out + (part.split * op.split_stride + part.column + warp * 16 + lane / 4) +
+                 lane % 4 * 2 * op.ld;
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+      if (n * 8 >= rows) break;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int row = n * 8 + lane % 4 * 2 + c;
-        if (row >= rows) continue;
-        const float factor = op.norm.squares != nullptr ? work[row] : 1.0f;
-#pragma unroll
-        for (int i = 0; i < kWarpBlocks; ++i) {
-          const int block = wm + i * op.warp_m;
-          if (block >= tile.blocks) break;
-          float* to = out + static_cast<int64_t>(row) * op.ld + (tile.m0 + block) * 16 + lane / 4;
-          __stcg(to, factor * sums[i][n][c]);
-          __stcg(to + 8, factor * sums[i][n][2 + c]);
-        }
+        const bool there = n * 8 + lane % 4 * 2 + c < rows;
+        const float factor = with_norm && !grouped ? group_factors[n * 8 + c] : 1.0f;
+        float* to = out + (n * 8 + c) * op.ld;
+        StoreNew(to, grouped ? totals[n][c] : factor * sums[n][c], there);
+        StoreNew(to + 8, grouped ? totals[n][2 + c] : factor * sums[n][2 + c], there);
       }
     }
   }
+  if (threadIdx.x == 0) *at = {ring.slot, ring.act_slot, ring.phase, ring.act_phase};
 }
 
 }  // namespace canopy::cuda

@@ -2,7 +2,7 @@
 // norm, gated activation, and the selection of the greatest logits.
 //
 // A norm is split: its weights are multiplied in where a row is written, and the row's factor
-// 1 / rms where the product of that row is read. Four lanes take one k-step (16 columns) of a row.
+// 1 / rms where the product of that row is read. A warp takes 128 columns of a row (a granule).
 
 #ifndef CANOPY_CORE_OPS_ROWS_CUDA_CUH_
 #define CANOPY_CORE_OPS_ROWS_CUDA_CUH_
@@ -11,11 +11,14 @@
 
 namespace canopy::cuda {
 
-// Where a norm's input goes: act gets T(x * weight), squares the sums of squares, one a k-step.
+inline constexpr int kGranule = 128;
+CANOPY_HOST_DEVICE constexpr int Granules(int k_steps) { return (k_steps * 16 + 127) / kGranule; }
+
+// Where a norm's input goes: act gets T(x * weight), squares the sums of squares, one a granule.
 struct NormInput {
   const float* weight = nullptr;  // [padded columns], zero behind the last column
   void* act = nullptr;
-  float* squares = nullptr;  // [kMaxRows][k_steps]
+  float* squares = nullptr;  // [kMaxRows][granules]
 };
 
 struct EmbedOp {
@@ -29,7 +32,7 @@ struct EmbedOp {
 // x += factor * partials + bias
 struct ResidualOp {
   Partials partials;
-  RowNorm norm;  // of the product's input; split s belongs to group s * groups / splits
+  RowNorm norm;  // of the product's input, in one group
   const float* bias = nullptr;
   float* x = nullptr;
   int columns = 0;
@@ -69,165 +72,147 @@ struct SelectOp {
 
 namespace canopy::cuda {
 
-// Sums over splits, in order; loads go out four at a time.
-__device__ inline float Sum(const Partials& p, int row, int column) {
-  const float* at = p.data + static_cast<int64_t>(row) * p.ld + column;
-  const int64_t stride = static_cast<int64_t>(kMaxRows) * p.ld;
-  float sum = 0.0f;
-#pragma unroll 1
-  for (int s = 0; s < p.splits; s += 4) {
-    float v[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) v[k] = s + k < p.splits ? __ldcg(at + (s + k) * stride) : 0.0f;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (s + k < p.splits) sum += v[k];
-    }
-  }
-  return sum;
+__device__ inline int Splits(const Partials& p, int column) {
+  return __ldg(p.counts + (column >> p.tile_shift));
 }
 
-// Columns 4 * quad to 4 * quad + 3: kAhead splits loaded at a time, then all added with the factors
-// of the splits' groups.
-template <int kAhead>
-struct Loaded4 {
-  float4 v[kAhead];
+// A column of a row, from its splits in order. Loads first, of as many splits as any column has, so
+// as not to wait for their number.
+template <int kAhead = 3>
+struct Sum1 {
+  float v[kAhead];
+
+  __device__ void Load(const Partials& p, int row, int column, bool there) {
+    const float* at = p.data + (row * p.ld + column);
+    const int most = there ? p.most : 0;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) v[k] = LoadNew(at + k * p.split_stride, k < most);
+  }
+  __device__ float Finish(const Partials& p, int row, int column, int splits) const {
+    float sum = v[0];
+#pragma unroll
+    for (int k = 1; k < kAhead; ++k) sum = k < splits ? sum + v[k] : sum;
+#pragma unroll 1
+    for (int k = kAhead; k < splits; ++k) {
+      sum += LoadNew(p.data + (row * p.ld + k * p.split_stride + column));
+    }
+    return sum;
+  }
 };
-__device__ inline const float4* Quads(const Partials& p, int row, int quad) {
-  return reinterpret_cast<const float4*>(p.data + static_cast<int64_t>(row) * p.ld) + quad;
-}
-template <int kAhead>
-__device__ inline void Load4(const Partials& p, int row, int quad, int first,
-                             Loaded4<kAhead>& loaded) {
-  const float4* at = Quads(p, row, quad);
-  const int64_t stride = static_cast<int64_t>(kMaxRows) * p.ld / 4;
-#pragma unroll
-  for (int s = 0; s < kAhead; ++s) {
-    if (first + s < p.splits) loaded.v[s] = __ldcg(at + (first + s) * stride);
-  }
-}
-template <int kAhead>
-__device__ inline float4 Sum4(const Partials& p, int row, int quad, Loaded4<kAhead>& loaded,
-                              const float* factors, int groups) {
-  float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-  const int per_group = groups == 1 ? p.splits : p.splits / groups;
-  int in_group = 0;
-  const float* factor = factors + row;
-#pragma unroll 1
-  for (int first = 0; first < p.splits; first += kAhead) {
-    if (first > 0) Load4(p, row, quad, first, loaded);
-#pragma unroll
-    for (int s = 0; s < kAhead; ++s) {
-      if (first + s < p.splits) {
-        const float f = *factor;
-        const float4 v = loaded.v[s];
-        sum.x += f * v.x;
-        sum.y += f * v.y;
-        sum.z += f * v.z;
-        sum.w += f * v.w;
-        if (++in_group == per_group) {
-          in_group = 0;
-          factor += kMaxRows;
-        }
-      }
-    }
-  }
-  return sum;
+__device__ inline float Sum(const Partials& p, int row, int column) {
+  Sum1<> sum;
+  sum.Load(p, row, column, true);
+  return sum.Finish(p, row, column, Splits(p, column));
 }
 
+// Four columns.
+template <int kAhead>
+struct Sum4 {
+  float4 v[kAhead];
+
+  __device__ void Load(const Partials& p, int row, int column, bool there) {
+    const float* at = p.data + (row * p.ld + column);
+    const int most = there ? p.most : 0;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) v[k] = LoadNew4(at + k * p.split_stride, k < most);
+  }
+  __device__ float4 Finish(const Partials& p, int row, int column, int splits) const {
+    float4 sum = v[0];
+    const auto add = [&](const float4& next) {
+      sum = make_float4(sum.x + next.x, sum.y + next.y, sum.z + next.z, sum.w + next.w);
+    };
+#pragma unroll
+    for (int k = 1; k < kAhead; ++k) {
+      if (k < splits) add(v[k]);
+    }
+#pragma unroll 1
+    for (int k = kAhead; k < splits; ++k) {
+      add(LoadNew4(p.data + (row * p.ld + k * p.split_stride + column)));
+    }
+    return sum;
+  }
+};
+
+// Columns column to column + 3 of an act.
 template <typename T>
-__device__ inline void StoreAct4(void* act, int bucket_rows, int row, int quad, float4 v) {
-  // Columns 4q, 4q + 1 and 4q + 2, 4q + 3 of a k-step are two pairs of ActivationSlot.
-  T* to = static_cast<T*>(act) + (static_cast<int64_t>(quad / 4) * bucket_rows + row) * 16;
-  const int first = ActivationSlot(quad % 4 * 4), second = ActivationSlot(quad % 4 * 4 + 2);
+__device__ inline void StoreAct4(void* act, int bucket_rows, int row, int column, float4 v) {
+  T* to = static_cast<T*>(act) + ActIndex<T>(bucket_rows, row, column);
   if constexpr (sizeof(T) == 2) {
-    __stcg(reinterpret_cast<uint32_t*>(to + first), PackBf16(v.x, v.y));
-    __stcg(reinterpret_cast<uint32_t*>(to + second), PackBf16(v.z, v.w));
+    __stcg(reinterpret_cast<uint2*>(to), make_uint2(PackBf16(v.x, v.y), PackBf16(v.z, v.w)));
   } else {
-    __stcg(reinterpret_cast<float2*>(to + first), make_float2(v.x, v.y));
-    __stcg(reinterpret_cast<float2*>(to + second), make_float2(v.z, v.w));
+    __stcg(reinterpret_cast<float2*>(to), make_float2(v.x, v.y));
+    __stcg(reinterpret_cast<float2*>(to + 4), make_float2(v.z, v.w));
   }
 }
 
 // x [4] of a row becomes the next norm's input; w [4] of the norm's weights. All lanes of a warp
-// call it.
+// call it for a granule.
 template <typename T>
-__device__ inline void WriteNormInput(const NormInput& next, int bucket_rows, int k_steps,
-                                      bool active, int row, int quad, float4 x, float4 w) {
-  float squares = x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-  squares += __shfl_xor_sync(0xffffffffu, squares, 1);
-  squares += __shfl_xor_sync(0xffffffffu, squares, 2);
-  if (!active) return;
-  StoreAct4<T>(next.act, bucket_rows, row, quad,
-               make_float4(x.x * w.x, x.y * w.y, x.z * w.z, x.w * w.w));
-  if (quad % 4 == 0) __stcg(next.squares + row * k_steps + quad / 4, squares);
+__device__ inline void WriteNormInput(const NormInput& next, int bucket_rows, int granules,
+                                      bool active, int row, int column, float4 x, float4 w) {
+  const float squares = WarpSum(fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, x.x * x.x))));
+  if (active) {
+    StoreAct4<T>(next.act, bucket_rows, row, column,
+                 make_float4(x.x * w.x, x.y * w.y, x.z * w.z, x.w * w.w));
+  }
+  StoreNew(next.squares + row * granules + column / kGranule, squares, column % kGranule == 0);
 }
 
-// Calls task(row, quad) for every four columns of every row, over the whole grid; all lanes of a
-// warp call, with active = false where there is nothing to do.
+// Calls task(row, column, active) for every granule of every row, over the whole grid: a warp a
+// granule, four columns a lane, active where they are there.
 template <typename F>
-__device__ inline void ForQuads(int rows, int k_steps, const F& task) {
-  const int total = rows * k_steps;
+__device__ inline void ForGranules(int rows, int k_steps, const F& task) {
+  const int granules = Granules(k_steps), total = rows * granules;
 #pragma unroll 1
-  for (int base = 0; base * static_cast<int>(gridDim.x) < total; base += kConsumers / 4) {
-    const int index = (base + threadIdx.x / 4) * gridDim.x + blockIdx.x;
-    const bool active = index < total;
-    const int row = active ? index / k_steps : 0;
-    const int quad = active ? index % k_steps * 4 + threadIdx.x % 4 : threadIdx.x % 4;
-    task(active, row, quad);
+  for (int i = blockIdx.x + threadIdx.x / 32 * gridDim.x; i < total;
+       i += kConsumerWarps * gridDim.x) {
+    const int row = i / granules;
+    const int column = (i - row * granules) * kGranule + threadIdx.x % 32 * 4;
+    task(row, column, column < k_steps * 16);
   }
 }
 
 template <typename T>
-__device__ inline void Embed(const EmbedOp& op, const PassNodes& nodes, int bucket_rows) {
-  const int ld = op.k_steps * 16;
-  ForQuads(nodes.rows, op.k_steps, [&](bool active, int row, int quad) {
+__device__ __forceinline__ void Embed(const EmbedOp& shared_op, const PassNodes& nodes,
+                                      int bucket_rows) {
+  const EmbedOp op = shared_op;
+  ForGranules(nodes.rows, op.k_steps, [&](int row, int column, bool active) {
     float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
+    const float4 w = LoadWeight4(op.next.weight + column, active);
     if (active) {
       const T* from =
           static_cast<const T*>(op.table) + static_cast<int64_t>(nodes.token[row]) * op.columns;
       float* values = &x.x;
-#pragma unroll 1
+#pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (quad * 4 + i < op.columns) values[i] = ToFloat(from[quad * 4 + i]);
+        if (column + i < op.columns) values[i] = ToFloat(from[column + i]);
       }
-      __stcg(reinterpret_cast<float4*>(op.x + static_cast<int64_t>(row) * ld) + quad, x);
+      StoreNew4(op.x + row * op.k_steps * 16 + column, x);
     }
-    const float4 w = reinterpret_cast<const float4*>(op.next.weight)[quad];
-    WriteNormInput<T>(op.next, bucket_rows, op.k_steps, active, row, quad, x, w);
+    WriteNormInput<T>(op.next, bucket_rows, Granules(op.k_steps), active, row, column, x, w);
   });
 }
 
 template <typename T>
-__device__ __noinline__ void Residual(const ResidualOp& op, const PassNodes& nodes, int bucket_rows,
-                                      float* work) {
-  const int ld = op.k_steps * 16;
-  bool first = true;
-  ForQuads(nodes.rows, op.k_steps, [&](bool active, int row, int quad) {
-    float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
-    float4* to = reinterpret_cast<float4*>(op.x + static_cast<int64_t>(row) * ld) + quad;
-    Loaded4<8> loaded;
-    float4 w = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (active) {
-      x = __ldcg(to);
-      w = reinterpret_cast<const float4*>(op.next.weight)[quad];
-      Load4(op.partials, row, quad, 0, loaded);
-    }
-    if (first) {  // while those loads are under way
-      RowFactors(op.norm, nodes.rows, work);
-      SyncThreads<kConsumers>();
-      first = false;
-    }
-    if (active) {
-      float4 sum = Sum4(op.partials, row, quad, loaded, work, op.norm.groups);
-      if (op.bias != nullptr) {
-        const float4 bias = reinterpret_cast<const float4*>(op.bias)[quad];
-        sum = make_float4(sum.x + bias.x, sum.y + bias.y, sum.z + bias.z, sum.w + bias.w);
-      }
-      x = make_float4(x.x + sum.x, x.y + sum.y, x.z + sum.z, x.w + sum.w);
-      __stcg(to, x);
-    }
-    WriteNormInput<T>(op.next, bucket_rows, op.k_steps, active, row, quad, x, w);
+__device__ __forceinline__ void Residual(const ResidualOp& shared_op, const PassNodes& nodes,
+                                         int bucket_rows) {
+  const ResidualOp op = shared_op;
+  ForGranules(nodes.rows, op.k_steps, [&](int row, int column, bool active) {
+    float* at = op.x + row * op.k_steps * 16 + column;
+    const int splits = active ? Splits(op.partials, column) : 0;
+    float4 x = LoadNew4(at, active);
+    const float4 w = LoadWeight4(op.next.weight + column, active);
+    const float4 bias = LoadWeight4(op.bias + column, active && op.bias != nullptr);
+    RowFactor row_factor;
+    row_factor.Load(op.norm, row);
+    Sum4<8> partials;
+    partials.Load(op.partials, row, column, active);
+    const float f = row_factor.Finish(op.norm, row);
+    const float4 sum = partials.Finish(op.partials, row, column, splits);
+    x = make_float4(fmaf(f, sum.x, x.x) + bias.x, fmaf(f, sum.y, x.y) + bias.y,
+                    fmaf(f, sum.z, x.z) + bias.z, fmaf(f, sum.w, x.w) + bias.w);
+    StoreNew4(at, x, active);
+    WriteNormInput<T>(op.next, bucket_rows, Granules(op.k_steps), active, row, column, x, w);
   });
 }
 
@@ -250,53 +235,45 @@ __device__ inline float Activate(int activation, float x) {
 }
 
 template <typename T>
-__device__ __noinline__ void Gated(const GatedOp& op, const PassNodes& nodes, int bucket_rows,
-                                   float* work) {
-  RowFactors(op.norm, nodes.rows, work);
-  SyncThreads<kConsumers>();
+__device__ __forceinline__ void Gated(const GatedOp& shared_op, const PassNodes& nodes,
+                                      int bucket_rows) {
+  const GatedOp op = shared_op;
   const bool vectors = op.columns % 4 == 0;
-  ForQuads(nodes.rows, op.k_steps, [&](bool active, int row, int quad) {
-    if (!active) return;
-    float4 y = {0.0f, 0.0f, 0.0f, 0.0f};
-    float gates[4], ups[4];
-    if (vectors && quad * 4 < op.columns) {
-      Loaded4<4> gate, up;
-      const int up_quad = op.columns / 4 + quad;
-      Load4(op.partials, row, quad, 0, gate);
-      Load4(op.partials, row, up_quad, 0, up);
-      const float4 g = Sum4(op.partials, row, quad, gate, work, 1);
-      const float4 u = Sum4(op.partials, row, up_quad, up, work, 1);
-      gates[0] = g.x, gates[1] = g.y, gates[2] = g.z, gates[3] = g.w;
-      ups[0] = u.x, ups[1] = u.y, ups[2] = u.z, ups[3] = u.w;
+  ForGranules(nodes.rows, op.k_steps, [&](int row, int column, bool active) {
+    RowFactor row_factor;
+    row_factor.Load(op.norm, row);
+    float4 gate = {0.0f, 0.0f, 0.0f, 0.0f}, up = gate;
+    const int up_column = op.columns + column;
+    if (vectors) {
+      const bool there = column < op.columns;
+      const int gate_splits = there ? Splits(op.partials, column) : 0;
+      const int up_splits = there ? Splits(op.partials, up_column) : 0;
+      Sum4<3> gates, ups;
+      gates.Load(op.partials, row, column, there);
+      ups.Load(op.partials, row, up_column, there);
+      gate = gates.Finish(op.partials, row, column, gate_splits);
+      up = ups.Finish(op.partials, row, up_column, up_splits);
     } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        gates[i] = 0.0f;
-        ups[i] = 0.0f;
-        if (quad * 4 + i >= op.columns) continue;
 #pragma unroll 1
-        for (int s = 0; s < op.partials.splits; ++s) {
-          const float* at = op.partials.data +
-                            (static_cast<int64_t>(s) * kMaxRows + row) * op.partials.ld + quad * 4 +
-                            i;
-          gates[i] += work[row] * __ldcg(at);
-          ups[i] += work[row] * __ldcg(at + op.columns);
-        }
+      for (int i = 0; i < min(4, op.columns - column); ++i) {
+        const float g = Sum(op.partials, row, column + i);
+        const float u = Sum(op.partials, row, up_column + i);
+        if (i == 0) gate.x = g, up.x = u;
+        if (i == 1) gate.y = g, up.y = u;
+        if (i == 2) gate.z = g, up.z = u;
+        if (i == 3) gate.w = g, up.w = u;
       }
     }
-    float* values = &y.x;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = quad * 4 + i;
-      if (column >= op.columns) break;
-      float gate = gates[i], up = ups[i];
-      if (op.bias != nullptr) {
-        gate += op.bias[column];
-        up += op.bias[op.columns + column];
-      }
-      values[i] = Activate(op.activation, gate) * up;
-    }
-    StoreAct4<T>(op.act, bucket_rows, row, quad, y);
+    const float f = row_factor.Finish(op.norm, row);
+    const auto value = [&](int i, float g, float u) {
+      const bool bias = op.bias != nullptr && column + i < op.columns;
+      const float gate_bias = LoadWeight(op.bias + column + i, bias);
+      const float up_bias = LoadWeight(op.bias + up_column + i, bias);
+      return Activate(op.activation, fmaf(f, g, gate_bias)) * fmaf(f, u, up_bias);
+    };
+    const float4 y = {value(0, gate.x, up.x), value(1, gate.y, up.y), value(2, gate.z, up.z),
+                      value(3, gate.w, up.w)};
+    if (active) StoreAct4<T>(op.act, bucket_rows, row, column, y);
   });
 }
 

@@ -54,7 +54,7 @@ std::vector<Case> Cases() {
       {"ssd_wide_heads", {.kind = "ssd", .heads = 3, .head_dim = 72, .d_state = 33, .seed = 13}},
       {"ssd_published_head",
        {.kind = "ssd", .hidden = 256, .heads = 8, .head_dim = 64, .d_state = 128, .seed = 19}},
-      // More heads than multiprocessors: slices of 64, and blocks with several of them.
+      // More heads than multiprocessors: blocks take several of them.
       {"ssd_many_heads",
        {.kind = "ssd", .hidden = 64, .heads = 160, .head_dim = 64, .d_state = 64, .seed = 20}},
       {"attention", {.kind = "attention", .seed = 14}},
