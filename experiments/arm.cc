@@ -11,6 +11,8 @@ namespace {
 
 // Turns of a question have noise of their own; questions have fewer turns than this.
 constexpr uint64_t kTurnsPerQuestion = 256;
+// Added to the estimate of a question's length for the template's tokens around each turn.
+constexpr int kTurnSlack = 64;
 
 // The counts up to the last level that was proposed at.
 template <size_t kSize>
@@ -71,6 +73,20 @@ absl::Status ModelStore::CheckPair(const std::string& target, const std::string&
   return status;
 }
 
+int64_t MostPositions(const Tokenizer& tokenizer, const std::vector<Question>& questions,
+                      int max_new_tokens) {
+  int64_t most = 0;
+  for (const Question& question : questions) {
+    int64_t tokens = 0;
+    for (const std::string& turn : question.turns) {
+      tokens +=
+          static_cast<int64_t>(tokenizer.Encode(turn, false).size()) + max_new_tokens + kTurnSlack;
+    }
+    most = std::max(most, tokens);
+  }
+  return most;
+}
+
 absl::StatusOr<std::unique_ptr<ArmDecoder>> ArmDecoder::Create(ModelStore& store,
                                                                const ExperimentConfig& config,
                                                                const ArmOptions& options) {
@@ -126,6 +142,7 @@ DecodeRequest ArmDecoder::Request(uint64_t request) const {
   made.noise = NoiseStream(static_cast<uint64_t>(config_.sampling_seed), request);
   made.max_new_tokens = config_.suite_max_new_tokens;
   made.max_nodes = config_.tree_nodes;
+  made.scores = score_sink_;
   return made;
 }
 

@@ -54,6 +54,10 @@ class ModelStore {
   std::map<std::pair<std::string, std::string>, absl::Status> pairs_;
 };
 
+// Positions of the longest question with all its answers.
+int64_t MostPositions(const Tokenizer& tokenizer, const std::vector<Question>& questions,
+                      int max_new_tokens);
+
 struct ArmOptions {
   // Prompt and answer of the longest sequence: states are made for that many, or the models' own
   // limits where they are lower.
@@ -78,6 +82,10 @@ class ArmDecoder {
 
   // Tokens of a prompt after the chat template.
   absl::StatusOr<std::vector<TokenId>> Prompt(const std::vector<ChatMessage>& messages) const;
+  // Told of the target's logits in all that is answered from now on; null for nobody.
+  void set_score_sink(ScoreSink* sink) { score_sink_ = sink; }
+
+  const LanguageModel& target() const { return *target_; }
   const Tokenizer& tokenizer() const { return *tokenizer_; }
   DecodeLoop& loop() { return *loop_; }
   // A request with everything but the prompt.
@@ -100,6 +108,7 @@ class ArmDecoder {
   std::unique_ptr<AcceptanceRule> rule_;
   std::unique_ptr<Drafter> drafter_;
   std::unique_ptr<DraftState> draft_state_;
+  ScoreSink* score_sink_ = nullptr;
   Generation generation_;
 };
 

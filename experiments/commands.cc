@@ -21,6 +21,10 @@ constexpr Command kCommands[] = {
      "answer one prompt, streaming (`canopy generate --help`)", RunGenerateCommand},
     {"golden", "--model DIR --golden FILE [--tolerance X] [--threads N]",
      "compare a model with a file of logits from another implementation", RunGoldenCommand},
+    {"check", "--config FILE.cfg [--against KEY=VALUE] [--tolerance X] [--exact] [--key=value ...]",
+     "run a config under two settings and compare ids and logits; --exact: compare bits across "
+     "trees and drafters",
+     RunCheckCommand},
     {"inspect", "DIR [--check]",
      "architecture, layers, parameters and memory of a checkpoint; --check scans its weights",
      RunInspectCommand},

@@ -33,6 +33,7 @@ int RunRunCommand(std::span<const std::string> args);
 int RunGenerateCommand(std::span<const std::string> args);
 int RunListCommand(std::span<const std::string> args);
 int RunGoldenCommand(std::span<const std::string> args);
+int RunCheckCommand(std::span<const std::string> args);
 int RunBenchCommand(std::span<const std::string> args);
 int RunInspectCommand(std::span<const std::string> args);
 

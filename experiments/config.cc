@@ -245,6 +245,11 @@ SamplingOptions ExperimentConfig::sampling() const {
   return options;
 }
 
+bool ExperimentConfig::equals_plain() const {
+  const std::string name = rule();
+  return name == "greedy" || name == "gumbel" || sampling_temperature == 0.0;
+}
+
 std::string ExperimentConfig::rule() const {
   if (acceptance_rule != "auto") return acceptance_rule;
   return sampling_temperature == 0.0 ? "greedy" : "recursive";

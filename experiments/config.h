@@ -72,6 +72,8 @@ struct ExperimentConfig {
   // Derived from the keys.
   SamplingOptions sampling() const;
   std::string rule() const;  // acceptance_rule with "auto" resolved
+  // Whether the answers' token ids are to be plain decoding's: its tokens do not depend on drafts.
+  bool equals_plain() const;
 };
 
 // What a key has a say in.

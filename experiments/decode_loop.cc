@@ -214,10 +214,12 @@ absl::Status DecodeLoop::Round(const DecodeRequest& request, int max_depth, Gene
   const TokenTree& tree = draft_.tree;
   timer.AddTo(&out->seconds.draft);
 
-  ASSIGN_OR_RETURN(
-      const TargetScores scores,
-      verifier_->Score(tree, *state_, request.rule->NeedsGreatestOnly(request.sampling)));
+  ASSIGN_OR_RETURN(const TargetScores scores,
+                   verifier_->Score(tree, *state_,
+                                    request.scores == nullptr &&
+                                        request.rule->NeedsGreatestOnly(request.sampling)));
   timer.AddTo(&out->seconds.verify);
+  if (request.scores != nullptr) request.scores->OnScores(tokens_, tree, scores);
 
   const int64_t position = static_cast<int64_t>(tokens_.size()) - 1;
   RETURN_IF_ERROR(request.rule->Accept(draft_, scores, request.sampling, request.noise, position,

@@ -79,6 +79,17 @@ class TokenSink {
   virtual void OnTokens(std::span<const TokenId> tokens, int drafted) = 0;
 };
 
+// Told of the target's logits at every node of every tree, drafted nodes that are not accepted
+// included.
+class ScoreSink {
+ public:
+  virtual ~ScoreSink() = default;
+  // `tokens`: prompt and output so far; node 0 of the tree is the last of them. Row i of the
+  // scores' logits is node i's.
+  virtual void OnScores(std::span<const TokenId> tokens, const TokenTree& tree,
+                        const TargetScores& scores) = 0;
+};
+
 struct DecodeRequest {
   std::span<const TokenId> prompt;
   const Drafter* drafter = nullptr;   // plain decoding has the drafter "none"
@@ -89,6 +100,7 @@ struct DecodeRequest {
   int max_new_tokens = 1024;
   int max_nodes = 64;                       // of a tree, node 0 included
   TokenSink* sink = nullptr;                // may be null
+  ScoreSink* scores = nullptr;              // may be null; with it, all logits come to the host
   const std::atomic<bool>* stop = nullptr;  // looked at after every round; may be null
 };
 

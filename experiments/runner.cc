@@ -25,8 +25,6 @@ namespace {
 
 // Tokens of a warm-up answer: enough to touch all memory, not worth waiting longer for.
 constexpr int kWarmupTokens = 64;
-// Added to the estimate of a question's length for the template's tokens around each turn.
-constexpr int kTurnSlack = 64;
 
 using Clock = std::chrono::steady_clock;
 
@@ -277,9 +275,11 @@ class Runner {
 
   absl::Status LoadArms(RecordFile& file) {
     for (Group& group : groups_) {
-      ASSIGN_OR_RETURN(const int64_t positions, MostPositions(group.arms[0].config.target_model));
+      ASSIGN_OR_RETURN(const Tokenizer* const tokenizer,
+                       models_->TokenizerOf(group.arms[0].config.target_model));
+      // States are made for the longest question at once, so that no answer waits for memory.
       ArmOptions options;
-      options.positions = positions;
+      options.positions = MostPositions(*tokenizer, questions_, first_.suite_max_new_tokens);
       for (Arm& arm : group.arms) {
         if (Stopped()) return absl::CancelledError("interrupted before the first answer");
         ASSIGN_OR_RETURN(arm.decoder, ArmDecoder::Create(*models_, arm.config, options));
@@ -303,22 +303,6 @@ class Runner {
       }
     }
     return absl::OkStatus();
-  }
-
-  // Positions of the longest question with all its answers: its states are made that large at
-  // once, so that no answer has to wait for memory.
-  absl::StatusOr<int64_t> MostPositions(const std::string& target) {
-    ASSIGN_OR_RETURN(const Tokenizer* const tokenizer, models_->TokenizerOf(target));
-    int64_t most = 0;
-    for (const Question& question : questions_) {
-      int64_t tokens = 0;
-      for (const std::string& turn : question.turns) {
-        tokens += static_cast<int64_t>(tokenizer->Encode(turn, false).size()) +
-                  first_.suite_max_new_tokens + kTurnSlack;
-      }
-      most = std::max(most, tokens);
-    }
-    return most;
   }
 
   absl::Status WarmUp() {
@@ -426,9 +410,7 @@ class Runner {
         ArmRecords records;
         records.name = arm.name;
         records.is_baseline = arm.is_baseline;
-        const std::string rule = arm.config.rule();
-        records.must_equal_baseline =
-            rule == "greedy" || rule == "gumbel" || arm.config.sampling_temperature == 0.0;
+        records.must_equal_baseline = arm.config.equals_plain();
         records.axes = arm.axes;
         records.records = RecordsOf(arm.hash);
         if (group.has_baseline) records.baseline = baseline;
