@@ -28,8 +28,10 @@ class ModelDraftState final : public DraftState {
   // the next level overwrites them, and a round that is drawn again has no new token to compute
   // them with.
   std::vector<float> root_logits;  // [vocab]
-  int root_position = 0;           // the prefix length that they belong to
-  TokenId last_token;              // of the prefix
+  std::vector<TokenId> root_best;  // instead of them, where the model gives the best tokens alone
+  bool root_has_logits = false;
+  int root_position = 0;  // the prefix length that they belong to
+  TokenId last_token;     // of the prefix
 
   // Of the tree that is drawn, by node.
   std::vector<NodeId> shape_of;
@@ -62,6 +64,10 @@ class ModelDrafter final : public Drafter {
         max_rows_(options.workspace_rows),
         workspace_(std::move(workspace)) {
     for (int i = 0; i < shape_.size(); ++i) inner_nodes_ += shape_.children(NodeId(i)) > 0;
+    const ModelInfo& draft = model_.info();
+    if (draft.prefers_top && vocab_ == draft.vocab_size && shape_.max_children() <= kMaxTop) {
+      best_ = std::min(shape_.max_children(), vocab_);
+    }
     pass_tokens_.reserve(max_rows_);
     pass_parents_.reserve(max_rows_);
   }
@@ -97,11 +103,16 @@ class ModelDrafter final : public Drafter {
                      std::span<DraftTree> out) const override {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (size_t i = 0; i < contexts.size(); ++i) RETURN_IF_ERROR(Begin(contexts[i], &out[i]));
+    top_ = std::all_of(contexts.begin(), contexts.end(),
+                       [this](const DraftContext& context) { return Ranked(context); })
+               ? best_
+               : 0;
     RETURN_IF_ERROR(ReadNewTokens(contexts));
     level_.clear();
     for (size_t i = 0; i < contexts.size(); ++i) {
+      const ModelDraftState& own = StateOf(contexts[i]);
       RETURN_IF_ERROR(
-          ChooseChildren(contexts[i], NodeId(0), StateOf(contexts[i]).root_logits, &out[i]));
+          ChooseChildren(contexts[i], NodeId(0), own.root_logits, own.root_best, &out[i]));
       AddLevel(contexts[i], static_cast<int>(i), 1, out[i]);
     }
     // Each turn scores the nodes of one level and gives them their children, which are the next.
@@ -131,6 +142,11 @@ class ModelDrafter final : public Drafter {
   bool Samples(const DraftContext& context) const {
     return method_ != DraftMethod::kTopK && !context.gumbel_coupled &&
            context.sampling->temperature > 0.0;
+  }
+
+  // Whether children are the tokens of the greatest logits, best first.
+  bool Ranked(const DraftContext& context) const {
+    return !Samples(context) && !(context.gumbel_coupled && context.sampling->temperature > 0.0);
   }
 
   // Starts the tree and commits what the text shares with the pending nodes.
@@ -200,7 +216,8 @@ class ModelDrafter final : public Drafter {
                           .tokens = rest,
                           .parents = {},
                           .logits = LogitsOf::kLast,
-                          .commit_chain = true});
+                          .commit_chain = true,
+                          .top = top_});
       }
       if (!items_.empty()) {
         ASSIGN_OR_RETURN(const ForwardResult result, model_.Forward(items_, *workspace_));
@@ -208,8 +225,16 @@ class ModelDrafter final : public Drafter {
         for (size_t i = begin; i < end; ++i) {
           ModelDraftState& own = StateOf(contexts[i]);
           if (item == items_.size() || items_[item].state != own.state.get()) continue;
-          const float* row = result.logits.row(result.first_row[item++]);
-          std::copy(row, row + own.root_logits.size(), own.root_logits.begin());
+          const int row = result.first_row[item++];
+          own.root_has_logits = top_ == 0;
+          if (top_ > 0) {
+            const auto best = result.top.subspan(static_cast<size_t>(row) * top_, top_);
+            own.root_best.assign(best.begin(), best.end());
+          } else {
+            const float* logits = result.logits.row(row);
+            std::copy(logits, logits + own.root_logits.size(), own.root_logits.begin());
+            own.root_best.clear();
+          }
           own.root_position = own.state->position();
           own.last_token = contexts[i].tokens.back();
         }
@@ -221,6 +246,10 @@ class ModelDrafter final : public Drafter {
       if (own.root_position != own.state->position()) {
         return absl::InternalError(
             "model draft: an earlier pass of this state has failed; reset the state");
+      }
+      if (own.root_has_logits != (top_ == 0)) {
+        return absl::InvalidArgumentError(
+            "model draft: the sampling options changed within a sequence; reset the state");
       }
     }
     return absl::OkStatus();
@@ -243,8 +272,7 @@ class ModelDrafter final : public Drafter {
     if (depth >= context.max_depth) return;
     // The nodes' position must fit the state.
     if (own.state->position() + depth > own.state->options().max_positions) return;
-    const bool ranked =
-        !Samples(context) && !(context.gumbel_coupled && context.sampling->temperature > 0.0);
+    const bool ranked = Ranked(context);
     int room = 1 + context.max_nodes - tree.size();
     for (int i = first; i < tree.size() && room > 0; ++i) {
       const int children = std::min(shape_.children(own.shape_of[i]), vocab_);
@@ -273,7 +301,8 @@ class ModelDrafter final : public Drafter {
                             .tokens = {pass_tokens_.data() + pass_tokens_.size(), 0},
                             .parents = {pass_parents_.data() + pass_parents_.size(), 0},
                             .logits = LogitsOf::kAll,
-                            .commit_chain = false});
+                            .commit_chain = false,
+                            .top = top_});
         }
         ForwardItem& item = items_.back();
         pass_tokens_.push_back(tree.token(row.node));
@@ -286,24 +315,33 @@ class ModelDrafter final : public Drafter {
       ASSIGN_OR_RETURN(const ForwardResult result, model_.Forward(items_, *workspace_));
       for (size_t i = begin; i < pass_end; ++i) {
         const Row row = level_[i];
-        const std::span<const float> logits(result.logits.row(static_cast<int>(i - begin)),
-                                            static_cast<size_t>(result.logits.columns));
-        RETURN_IF_ERROR(ChooseChildren(contexts[row.context], row.node, logits, &out[row.context]));
+        const int at = static_cast<int>(i - begin);
+        std::span<const float> logits;
+        std::span<const TokenId> best;
+        if (top_ > 0) {
+          best = result.top.subspan(static_cast<size_t>(at) * top_, top_);
+        } else {
+          logits = {result.logits.row(at), static_cast<size_t>(result.logits.columns)};
+        }
+        RETURN_IF_ERROR(
+            ChooseChildren(contexts[row.context], row.node, logits, best, &out[row.context]));
       }
       begin = pass_end;
     }
     return absl::OkStatus();
   }
 
+  // From the node's logits, or from its best tokens where those are all that came.
   absl::Status ChooseChildren(const DraftContext& context, NodeId node,
-                              std::span<const float> logits, DraftTree* out) const {
+                              std::span<const float> logits, std::span<const TokenId> best,
+                              DraftTree* out) const {
     ModelDraftState& own = StateOf(context);
     if (out->tree.depth(node) >= context.max_depth) return absl::OkStatus();
     const int children = shape_.children(own.shape_of[node.value]);
     const int max_tree_size = 1 + context.max_nodes;
     const int room = std::min(children, max_tree_size - out->tree.size());
     if (room <= 0) return absl::OkStatus();
-    logits = logits.first(vocab_);
+    if (best.empty()) logits = logits.first(vocab_);
     const SamplingOptions& sampling = *context.sampling;
     const int64_t position =
         static_cast<int64_t>(context.tokens.size()) + out->tree.depth(node);  // the children's
@@ -328,8 +366,18 @@ class ModelDrafter final : public Drafter {
         RETURN_IF_ERROR(out->AddNode(node, arrival.token).status());
       }
     } else {
-      TopK(logits, room, &own.best);
-      for (const TokenId token : own.best) RETURN_IF_ERROR(out->AddNode(node, token).status());
+      if (best.empty()) {
+        TopK(logits, room, &own.best);
+      } else {
+        own.best.assign(best.begin(), best.begin() + std::min<size_t>(room, best.size()));
+      }
+      for (const TokenId token : own.best) {
+        if (token.value < 0) {
+          return absl::DataLossError(absl::StrCat("the logits of the draft model ",
+                                                  model_.info().path, " are not numbers"));
+        }
+        RETURN_IF_ERROR(out->AddNode(node, token).status());
+      }
     }
     for (int i = before; i < out->tree.size(); ++i) {
       own.shape_of.push_back(
@@ -345,11 +393,13 @@ class ModelDrafter final : public Drafter {
   const int vocab_;
   const int max_positions_;
   const int max_rows_;
+  int best_ = 0;         // tokens to ask a model with prefers_top for; 0: its logits are needed
   int inner_nodes_ = 0;  // of the shape, node 0 included: more than ever are pending
 
   // One round at a time; what it needs is kept from round to round.
   mutable std::mutex mutex_;
   std::unique_ptr<Workspace> workspace_;
+  mutable int top_ = 0;  // of this round's passes
   mutable std::vector<Row> level_;
   mutable std::vector<ForwardItem> items_;
   mutable std::vector<TokenId> pass_tokens_;

@@ -172,11 +172,11 @@ absl::Status RunBench(const BenchOptions& options) {
       for (auto& [name, share] : breakdowns.back()) share *= spread.median;
       state->DropPending();
     }
-    std::printf("\nus by operator, from one barrier of the grid to the next\n  %-18s", "");
+    std::printf("\nus by operator, from one barrier of the grid to the next\n  %-26s", "");
     for (int nodes : options.nodes) std::printf(" %9d", nodes);
     std::printf("\n");
     for (const auto& [name, unused] : breakdowns.front()) {
-      std::printf("  %-18s", name.c_str());
+      std::printf("  %-26s", name.c_str());
       for (auto& breakdown : breakdowns) std::printf(" %9.2f", 1e6 * breakdown[name]);
       std::printf("\n");
     }

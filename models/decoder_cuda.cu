@@ -892,13 +892,13 @@ void CudaDecoder<T>::FillNodes(DecodeState& state, int rows, int first_pending, 
     nodes->first_checkpoint = std::min(nodes->first_checkpoint, nodes->checkpoint[i]);
     nodes->last_checkpoint = std::max(nodes->last_checkpoint, nodes->checkpoint[i]);
     deepest = std::max(deepest, position);
-    for (int back = 1; back <= taps_; ++back) {
-      int16_t tap = -1;
-      if (back < length) {
+    for (int back = 1; back <= cuda::kMaxTaps; ++back) {
+      int16_t tap = -1;  // also of a shorter convolution: the kernels look at all taps
+      if (back <= taps_ && back < length) {
         const int node = nodes->path[i][length - 1 - back];
         tap = static_cast<int16_t>(node >= first_pending ? node - first_pending
                                                          : -2 - (taps_ + node));
-      } else if (position - back >= 0) {
+      } else if (back <= taps_ && position - back >= 0) {
         tap = static_cast<int16_t>(-2 - (position - back) % taps_);
       }
       nodes->taps[i][back - 1] = tap;

@@ -51,6 +51,7 @@ std::vector<Case> Cases() {
         .groups = 2,
         .d_state = 20,
         .seed = 12}},
+      {"ssd_short_convolution", {.kind = "ssd", .conv_kernel = 2, .seed = 22}},
       {"ssd_wide_heads", {.kind = "ssd", .heads = 3, .head_dim = 72, .d_state = 33, .seed = 13}},
       {"ssd_published_head",
        {.kind = "ssd", .hidden = 256, .heads = 8, .head_dim = 64, .d_state = 128, .seed = 19}},
@@ -354,6 +355,11 @@ TEST_F(OnDevice, RefusesWhatTheKernelsDoNotHave) {
   const auto refused = MakeCudaDecoder(*cuda_, MakeRandomSpec(*cpu_, wide), DType::kBF16);
   EXPECT_EQ(refused.status().code(), absl::StatusCode::kUnimplemented);
   EXPECT_THAT(std::string(refused.status().message()), HasSubstr("at most 256"));
+
+  RandomModelOptions conv{.kind = "ssd", .conv_kernel = 5};
+  const auto long_conv = MakeCudaDecoder(*cuda_, MakeRandomSpec(*cpu_, conv), DType::kBF16);
+  EXPECT_EQ(long_conv.status().code(), absl::StatusCode::kUnimplemented);
+  EXPECT_THAT(std::string(long_conv.status().message()), HasSubstr("the CUDA kernels have 2 to 4"));
 
   const auto model = MakeCudaDecoder(*cuda_, MakeRandomSpec(*cpu_, {}), DType::kBF16);
   ASSERT_TRUE(model.ok());

@@ -128,7 +128,8 @@ TEST_P(ModelDrafterTest, TreesEqualTheDefinitionRoundAfterRound) {
   std::mt19937 random(9);
   const char* shapes[] = {"chain:5", "topk:3,2,2", "(((),()),(((()))),())", "topk:7", "chain:0"};
   for (int trial = 0; trial < 40; ++trial) {
-    const FakeModel model({.vocab = trial % 4 == 0 ? 5 : 40, .seed = 3});
+    const FakeModel model(
+        {.vocab = trial % 4 == 0 ? 5 : 40, .seed = 3, .prefers_top = trial % 2 == 0});
     const int vocab = model.info().vocab_size;
     DrafterOptions options{.model = &model, .shape = shapes[random() % 5], .method = mode.method};
     options.workspace_rows = random() % 2 ? 2 : 50;
@@ -183,6 +184,34 @@ INSTANTIATE_TEST_SUITE_P(Modes, ModelDrafterTest, ::testing::ValuesIn(kModes),
                                   std::to_string(static_cast<int>(info.param.temperature * 10)) +
                                   (info.param.gumbel ? "gumbel" : "");
                          });
+
+// Where children are the best tokens, logits stay where they are.
+TEST(ModelDrafterTest, AsksForTheBestTokensAloneWhereTheyWillDo) {
+  const FakeModel model({.vocab = 40, .seed = 3, .prefers_top = true});
+  for (const Mode& mode : kModes) {
+    for (const int vocab : {0, 30}) {
+      const auto drafter = *MakeDrafter(
+          "model",
+          {.model = &model, .shape = "topk:3,2,2", .method = mode.method, .vocab_size = vocab});
+      const auto state = *drafter->NewState();
+      const SamplingOptions sampling{.temperature = mode.temperature};
+      const NoiseStream noise(1, 2);
+      const std::vector<TokenId> text(10, TokenId(4));
+      DraftTree draft;
+      const DraftContext context{.tokens = text,
+                                 .state = state.get(),
+                                 .sampling = &sampling,
+                                 .noise = &noise,
+                                 .gumbel_coupled = mode.gumbel};
+      model.ClearCounts();
+      ASSERT_TRUE(drafter->Draft({&context, 1}, {&draft, 1}).ok());
+      const bool ranked =
+          mode.temperature == 0.0 || (mode.method == std::string("topk") && !mode.gumbel);
+      EXPECT_EQ(model.top_passes(), ranked && vocab == 0 ? model.passes() : 0)
+          << mode.method << " " << mode.temperature << " " << vocab;
+    }
+  }
+}
 
 TEST(ModelDrafterTest, PassesAndRowsOfARound) {
   const FakeModel model({.vocab = 40, .seed = 3});

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "core/random.h"
 
@@ -16,6 +17,7 @@ class FakeWorkspace final : public Workspace {
   int max_rows;
   std::vector<float> logits;
   std::vector<int> first_row;
+  std::vector<TokenId> top;
 };
 
 uint64_t Hash(std::span<const TokenId> tokens, uint64_t seed) {
@@ -35,6 +37,7 @@ FakeModel::FakeModel(const FakeModelOptions& options) : options_(options) {
   info_.vocab_size = options.vocab;
   info_.max_positions = options.max_positions;
   info_.weight_bytes = 12345;
+  info_.prefers_top = options.prefers_top;
 }
 
 std::vector<float> FakeModel::LogitsAfter(std::span<const TokenId> tokens) const {
@@ -49,7 +52,7 @@ std::vector<float> FakeModel::LogitsAfter(std::span<const TokenId> tokens) const
 }
 
 void FakeModel::ClearCounts() const {
-  passes_ = rows_ = repeated_rows_ = 0;
+  passes_ = rows_ = repeated_rows_ = top_passes_ = 0;
   computed_.clear();
 }
 
@@ -87,6 +90,10 @@ absl::StatusOr<ForwardResult> FakeModel::Forward(std::span<const ForwardItem> it
     const DecodeState& state = *item.state;
     const int count = static_cast<int>(item.tokens.size());
     if (count == 0) return absl::InvalidArgumentError("fake: no tokens");
+    if (item.top != items[0].top || item.top < 0 || item.top > std::min(kMaxTop, options_.vocab) ||
+        (item.top > 0 && !info_.prefers_top)) {
+      return absl::InvalidArgumentError("fake: top");
+    }
     for (const TokenId token : item.tokens) {
       if (token.value < 0 || token.value >= options_.vocab) {
         return absl::InvalidArgumentError("fake: token outside the vocabulary");
@@ -113,10 +120,16 @@ absl::StatusOr<ForwardResult> FakeModel::Forward(std::span<const ForwardItem> it
   const int64_t stride = PaddedColumns(options_.vocab);
   ws.logits.clear();
   ws.first_row.clear();
+  ws.top.clear();
+  top_passes_ += items[0].top > 0;
   std::vector<float> row;
   const auto emit = [&] {
     ws.logits.insert(ws.logits.end(), row.begin(), row.end());
     ws.logits.resize((ws.logits.size() + stride - 1) / stride * stride, 0.0f);
+    std::vector<int> order(row.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return row[a] > row[b]; });
+    for (int k = 0; k < items[0].top; ++k) ws.top.push_back(TokenId(order[k]));
   };
   for (const ForwardItem& item : items) {
     DecodeState& state = *item.state;
@@ -152,7 +165,9 @@ absl::StatusOr<ForwardResult> FakeModel::Forward(std::span<const ForwardItem> it
     }
   }
   const int rows = static_cast<int>(static_cast<int64_t>(ws.logits.size()) / stride);
-  return ForwardResult{{ws.logits.data(), rows, options_.vocab, stride}, ws.first_row};
+  ForwardResult result{.first_row = ws.first_row, .top = ws.top};
+  if (items[0].top == 0) result.logits = {ws.logits.data(), rows, options_.vocab, stride};
+  return result;
 }
 
 absl::Status FakeModel::CommitRows(DecodeState& state, std::span<const NodeId> path) const {

@@ -23,6 +23,7 @@ struct FakeModelOptions {
   // share a seed agree the more, the smaller it is.
   double disagreement = 0.0;
   uint64_t disagreement_seed = 0;
+  bool prefers_top = false;
 };
 
 // Keeps every limit that LanguageModel promises to keep, and notes what it computes. For one
@@ -38,6 +39,8 @@ class FakeModel final : public LanguageModel {
   int rows() const { return rows_; }
   // Rows whose path had been computed before in the same state, since the last Clear.
   int repeated_rows() const { return repeated_rows_; }
+  // Passes that were asked for the best tokens instead of logits.
+  int top_passes() const { return top_passes_; }
   void ClearCounts() const;
 
   const ModelInfo& info() const override { return info_; }
@@ -58,6 +61,7 @@ class FakeModel final : public LanguageModel {
   mutable int passes_ = 0;
   mutable int rows_ = 0;
   mutable int repeated_rows_ = 0;
+  mutable int top_passes_ = 0;
 };
 
 }  // namespace canopy::testing

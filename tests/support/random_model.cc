@@ -96,9 +96,9 @@ class SpecMaker {
     spec.head_dim = o.head_dim;
     spec.groups = o.groups;
     spec.d_state = o.d_state;
-    spec.conv_kernel = 4;
+    spec.conv_kernel = o.conv_kernel;
     spec.in_proj = Weights(spec.inner() + spec.channels() + spec.heads, o.hidden);
-    spec.conv_weight = Vector(4 * spec.channels(), 0.0f, 0.5f);
+    spec.conv_weight = Vector(o.conv_kernel * spec.channels(), 0.0f, 0.5f);
     spec.conv_bias = Vector(spec.channels(), 0.0f, 0.1f);
     for (int h = 0; h < o.heads; ++h) spec.A.push_back(-std::exp(0.5f * Normal()));
     spec.D = Vector(o.heads, 1.0f, 0.1f);

@@ -27,6 +27,7 @@ struct RandomModelOptions {
   int groups = 1;
   int d_state = 16;
   int kv_heads = 2;
+  int conv_kernel = 4;
   uint64_t seed = 1;
 };
 
