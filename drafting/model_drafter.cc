@@ -29,9 +29,8 @@ class ModelDraftState final : public DraftState {
   // them with.
   std::vector<float> root_logits;  // [vocab]
   std::vector<TokenId> root_best;  // instead of them, where the model gives the best tokens alone
-  bool root_has_logits = false;
-  int root_position = 0;  // the prefix length that they belong to
-  TokenId last_token;     // of the prefix
+  int root_position = 0;           // the prefix length that they belong to
+  TokenId last_token;              // of the prefix
 
   // Of the tree that is drawn, by node.
   std::vector<NodeId> shape_of;
@@ -226,7 +225,6 @@ class ModelDrafter final : public Drafter {
           ModelDraftState& own = StateOf(contexts[i]);
           if (item == items_.size() || items_[item].state != own.state.get()) continue;
           const int row = result.first_row[item++];
-          own.root_has_logits = top_ == 0;
           if (top_ > 0) {
             const auto best = result.top.subspan(static_cast<size_t>(row) * top_, top_);
             own.root_best.assign(best.begin(), best.end());
@@ -247,7 +245,7 @@ class ModelDrafter final : public Drafter {
         return absl::InternalError(
             "model draft: an earlier pass of this state has failed; reset the state");
       }
-      if (own.root_has_logits != (top_ == 0)) {
+      if (own.root_best.empty() != (top_ == 0)) {
         return absl::InvalidArgumentError(
             "model draft: the sampling options changed within a sequence; reset the state");
       }

@@ -56,8 +56,8 @@ absl::StatusOr<std::vector<Question>> QuestionsOf(const ParsedConfig& parsed) {
   return SelectQuestions(std::move(questions), first);
 }
 
-// Models of one setting: a device, a dtype and a number of threads.
-class Setting {
+// Models by device, dtype and number of threads, each loaded once.
+class Models {
  public:
   absl::StatusOr<std::unique_ptr<ArmDecoder>> Decoder(const ExperimentConfig& config,
                                                       const std::vector<Question>& questions,
@@ -246,7 +246,7 @@ absl::StatusOr<CheckReport> CheckSettings(const ParsedConfig& a, const ParsedCon
   }
   ASSIGN_OR_RETURN(const std::vector<Question> questions, QuestionsOf(a));
   const int max_nodes = std::max(MostNodes(methods_a), MostNodes(methods_b));
-  Setting setting_a, setting_b;
+  Models models;
   CheckReport report;
   Differences differences;
   absl::FPrintF(options.out, "tolerance of logits %g, %d questions\n", options.tolerance,
@@ -257,8 +257,8 @@ absl::StatusOr<CheckReport> CheckSettings(const ParsedConfig& a, const ParsedCon
   std::set<std::pair<std::string, std::string>> read;  // targets whose logits were compared
   for (size_t m = 0; m < methods_a.size(); ++m) {
     const Method &x = methods_a[m], &y = methods_b[m];
-    ASSIGN_OR_RETURN(const auto decoder_a, setting_a.Decoder(x.config, questions, max_nodes));
-    ASSIGN_OR_RETURN(const auto decoder_b, setting_b.Decoder(y.config, questions, max_nodes));
+    ASSIGN_OR_RETURN(const auto decoder_a, models.Decoder(x.config, questions, max_nodes));
+    ASSIGN_OR_RETURN(const auto decoder_b, models.Decoder(y.config, questions, max_nodes));
     const LanguageModel &model_a = decoder_a->target(), &model_b = decoder_b->target();
     if (model_a.info().vocab_size != model_b.info().vocab_size) {
       return absl::InvalidArgumentError(
@@ -340,7 +340,7 @@ absl::StatusOr<CheckReport> CheckExact(const ParsedConfig& parsed, const CheckOp
   const std::vector<Method> methods = MethodsOf(parsed);
   ASSIGN_OR_RETURN(const std::vector<Question> questions, QuestionsOf(parsed));
   const int max_nodes = MostNodes(methods);
-  Setting setting;
+  Models models;
   CheckReport report;
   Differences differences;
   PathScores scores(&differences);
@@ -351,7 +351,7 @@ absl::StatusOr<CheckReport> CheckExact(const ParsedConfig& parsed, const CheckOp
                 "of paths seen before", "different", "answers equal plain decoding's");
   Progress progress(options.progress, static_cast<int64_t>(methods.size() * questions.size()), 0);
   for (const Method& method : methods) {
-    ASSIGN_OR_RETURN(const auto decoder, setting.Decoder(method.config, questions, max_nodes));
+    ASSIGN_OR_RETURN(const auto decoder, models.Decoder(method.config, questions, max_nodes));
     decoder->set_score_sink(&scores);
     const std::string shared = ConfigHash(method.config, /*baseline=*/true);
     const bool is_plain = method.config.draft_kind == "none";

@@ -47,16 +47,11 @@ std::vector<std::string> Replaced(const std::vector<std::string>& keys,
                                   const std::vector<std::string>& against) {
   const auto name = [](const std::string& arg) { return arg.substr(0, arg.find('=')); };
   std::vector<std::string> result = against;
-  for (size_t i = 0; i < keys.size(); ++i) {
-    const bool two_parts = keys[i].find('=') == std::string::npos && i + 1 < keys.size();
+  for (const std::string& key : keys) {
     const bool replaced = std::any_of(against.begin(), against.end(), [&](const std::string& arg) {
-      return name(arg) == name(keys[i]);
+      return name(arg) == name(key);
     });
-    if (!replaced) {
-      result.push_back(keys[i]);
-      if (two_parts) result.push_back(keys[i + 1]);
-    }
-    if (two_parts) ++i;
+    if (!replaced) result.push_back(key);
   }
   return result;
 }
@@ -91,12 +86,7 @@ int RunCheckCommand(std::span<const std::string> args) {
                            absl::StrCat("--tolerance ", value, ": expected a number, 0 or more"));
       }
     } else if (arg.starts_with("--")) {
-      keys.push_back(arg);
-      // `--key value`: the value is the next argument.
-      if (arg.find('=') == std::string::npos && i + 1 < args.size() &&
-          !args[i + 1].starts_with("--")) {
-        keys.push_back(args[++i]);
-      }
+      keys.push_back(TakeKey(args, &i));
     } else {
       return ReportUsage("check", absl::StrCat("there is no option '", arg, "'"));
     }

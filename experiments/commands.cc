@@ -91,6 +91,13 @@ int ReadFlags(const char* command, std::span<const std::string> args,
   return -1;
 }
 
+std::string TakeKey(std::span<const std::string> args, size_t* i) {
+  const std::string& arg = args[*i];
+  const bool value_follows =
+      arg.find('=') == std::string::npos && *i + 1 < args.size() && !args[*i + 1].starts_with("--");
+  return value_follows ? absl::StrCat(arg, "=", args[++*i]) : arg;
+}
+
 int RunCanopy(std::span<const std::string> args) {
   if (args.empty()) {
     PrintHelp(stderr);

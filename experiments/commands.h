@@ -49,6 +49,10 @@ int ReadFlags(const char* command, std::span<const std::string> args,
               const boost::program_options::options_description& flags,
               const std::string& positional, boost::program_options::variables_map* values);
 
+// Takes the config key that begins at args[*i], with its value where that is the next argument, as
+// one "--key=value". *i ends at the last argument that belongs to it.
+std::string TakeKey(std::span<const std::string> args, size_t* i);
+
 // The whole binary but for main: picks the command and catches what it throws. Never throws.
 int RunCanopy(std::span<const std::string> args);
 

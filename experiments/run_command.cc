@@ -34,12 +34,7 @@ int RunRunCommand(std::span<const std::string> args) {
     if (arg == "--dry-run") {
       dry_run = true;
     } else if (arg.starts_with("--")) {
-      keys.push_back(arg);
-      // `--key value`: the value is the next argument.
-      if (arg.find('=') == std::string::npos && i + 1 < args.size() &&
-          !args[i + 1].starts_with("--")) {
-        keys.push_back(args[++i]);
-      }
+      keys.push_back(TakeKey(args, &i));
     } else if (arg.starts_with("-")) {
       return ReportUsage("run", absl::StrCat("there is no option '", arg, "'"));
     } else if (file.empty()) {

@@ -21,7 +21,7 @@ using cuda::kMaxRows;
 constexpr int kBuckets = 4;
 constexpr int kBucketRows[kBuckets] = {8, 16, 32, 64};
 // Shared memory that every operator but the scan has enough of: activations, factors of norms (of
-// as many groups of columns as fit), the first stage of a scan.
+// as many groups of columns as fit), the first operator of a scan.
 constexpr int kLeastWorkBytes = cuda::kActRingBytes + 4 * kMaxRows * cuda::kMostNormGroups;
 static_assert(4 * kMaxRows * (2 + cuda::kMostScanColumns) <= kLeastWorkBytes);
 // Passes in flight at most: each has its own description of its nodes.
@@ -334,6 +334,12 @@ absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
     result.splits = std::max<int>(result.splits, counts.back());
   }
   op.ld = result.splits * op.split_stride;
+  // The kernels count quanta and the places of sums in 32 bits.
+  if (int64_t{cut.total} * blocks > INT_MAX || int64_t{kMaxRows} * op.ld > INT_MAX) {
+    return absl::UnimplementedError(absl::StrCat("a matrix of ", matrix.out_features(), " by ",
+                                                 matrix.in_features(),
+                                                 " is too large for the device's products"));
+  }
   ASSIGN_OR_RETURN(result.counts, cuda_.Allocate(counts.size()));
   RETURN_IF_ERROR(cuda_.ToDevice(result.counts.data(), counts.data(), counts.size()));
   const int64_t elements = int64_t{units} * op.k_steps * cuda::kUnitRows * 16;

@@ -13,11 +13,13 @@
 #define CANOPY_VERIFY_TREE_ATTENTION_CUDA_CUH_
 
 #include "core/cuda/pass.h"
-#include "verify/tree_scan_cuda.cuh"
+#include "verify/row_products_cuda.cuh"
 
 namespace canopy::cuda {
 
 inline constexpr int kKeysPerBlock = 64;
+// Floats between rows of scores: vectors, and rows in different banks.
+inline constexpr int kScoreStride = kKeysPerBlock + 4;
 inline constexpr int kMaxHeadDim = 256;
 inline constexpr int kMostQueryRows = 64;  // of a block: nodes times heads of a key's head
 
@@ -47,12 +49,11 @@ struct AttentionLayout {
 
   CANOPY_HOST_DEVICE AttentionLayout(int query_rows, int padded_head) {
     q = 0;
-    scores = q + query_rows * StateStride<T>(padded_head) * static_cast<int>(sizeof(T));
-    v = scores + query_rows * kWeightStride * 4;
+    scores = q + query_rows * RowStride<T>(padded_head) * static_cast<int>(sizeof(T));
+    v = scores + query_rows * kScoreStride * 4;
     end = v + (kKeysPerBlock + kMaxRows) * padded_head * static_cast<int>(sizeof(T));
   }
 };
-static_assert(kKeysPerBlock == kRing, "scores have rows of kWeightStride");
 
 }  // namespace canopy::cuda
 
@@ -62,7 +63,7 @@ static_assert(kKeysPerBlock == kRing, "scores have rows of kWeightStride");
 
 namespace canopy::cuda {
 
-// One warp a row and head. `work`: [kMaxRows] factors, then [kConsumerWarps][kMaxHeadDim].
+// One warp a row and head. `work`: [kConsumerWarps][kMaxHeadDim] behind kMaxRows unused floats.
 template <typename T>
 __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const PassNodes& nodes,
                                                 const LayerStore<T>& store, float* work) {
@@ -149,7 +150,7 @@ __device__ __forceinline__ void Attend(const AttentionOp& op, const PassNodes& n
   T* q = reinterpret_cast<T*>(work + layout.q);
   float* scores = reinterpret_cast<float*>(work + layout.scores);
   T* v = reinterpret_cast<T*>(work + layout.v);
-  const int q_stride = StateStride<T>(dim);
+  const int q_stride = RowStride<T>(dim);
   const int groups = (nodes.rows + op.node_group - 1) / op.node_group;
   const int tasks = op.kv_heads * nodes.key_blocks * groups;
   constexpr int kPer16 = 16 / sizeof(T);
@@ -189,7 +190,7 @@ __device__ __forceinline__ void Attend(const AttentionOp& op, const PassNodes& n
     const T* key_row =
         keys + static_cast<int64_t>(is_pending ? nodes.kv_capacity + key : start + key) * kv_width +
         quad * 8;
-    StateVector<T> ahead[kBlocksAhead];
+    RowVector<T> ahead[kBlocksAhead];
 #pragma unroll
     for (int i = 0; i < kBlocksAhead; ++i) {
       ahead[i].LoadGlobal(key_row + i * 32, there && i * 32 < dim);
@@ -205,24 +206,13 @@ __device__ __forceinline__ void Attend(const AttentionOp& op, const PassNodes& n
           const int d = first + i * 32;
           if (d >= dim) break;
           if (first > 0) ahead[i].LoadGlobal(key_row + d, there);
-          FragmentB<T> fb[2];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) ahead[i].Set(fb[e / 2], e % 2, e / 2, e % 2);
+          FragmentB<T> second[2];
+          SetSecond(second, ahead[i]);
 #pragma unroll
           for (int m = 0; m < kTiles; ++m) {
             if (m * 16 >= count * per_kv) break;
-            StateVector<T> low, high;
-            low.Load(q + (m * 16 + octet) * q_stride + d + quad * 8);
-            high.Load(q + (m * 16 + 8 + octet) * q_stride + d + quad * 8);
-#pragma unroll
-            for (int step = 0; step < 2; ++step) {
-              FragmentA<T> fa;
-              low.Set(fa, 0, step, 0);
-              high.Set(fa, 1, step, 0);
-              low.Set(fa, 2, step, 1);
-              high.Set(fa, 3, step, 1);
-              Multiply(sums[m], fa, fb[step]);
-            }
+            AddRowProducts<false>(sums[m], second, q + (m * 16 + octet) * q_stride + d + quad * 8,
+                                  q + (m * 16 + 8 + octet) * q_stride + d + quad * 8);
           }
         }
       }
@@ -239,7 +229,7 @@ __device__ __forceinline__ void Attend(const AttentionOp& op, const PassNodes& n
             const int r = m * 16 + octet + high * 8;
             if (r >= count * per_kv) continue;
             if (is_pending && !(nodes.path_mask[first_node + r / per_kv] >> k & 1)) continue;
-            scores[r * kWeightStride + place] = sums[m][high * 2 + half];
+            scores[r * kScoreStride + place] = sums[m][high * 2 + half];
           }
         }
       }
@@ -251,7 +241,7 @@ __device__ __forceinline__ void Attend(const AttentionOp& op, const PassNodes& n
       const int node = r / per_kv, row = first_node + node;
       const int here = min(kKeysPerBlock, nodes.position[row] - start + 1);
       if (here <= 0) continue;
-      float* row_scores = scores + r * kWeightStride;
+      float* row_scores = scores + r * kScoreStride;
       const float low = lane < here ? op.scale * row_scores[lane] : -INFINITY;
       const float high = lane + 32 < here ? op.scale * row_scores[lane + 32] : -INFINITY;
       const float most = WarpMax(fmaxf(low, high));

@@ -19,6 +19,7 @@
 #define CANOPY_VERIFY_TREE_SCAN_CUDA_CUH_
 
 #include "core/cuda/pass.h"
+#include "verify/row_products_cuda.cuh"
 
 namespace canopy::cuda {
 
@@ -59,25 +60,11 @@ struct ScanOp {
 inline constexpr int kSliceDims = 64;
 inline constexpr int kSquareDims = 32;
 inline constexpr int kMostScanColumns = 120;
-inline constexpr int kBlocksAhead = 4;  // of 32 states of B, that a warp loads at once
 // Parts of the state whose terms are made by different warps.
 inline constexpr int kStateParts = kConsumerWarps / (kSliceDims / 16);
 // Floats between rows of weights and of state terms: vectors, and rows in different banks.
 inline constexpr int kWeightStride = kRing + 4;
 inline constexpr int kTermStride = kSliceDims + 4;
-
-CANOPY_HOST_DEVICE constexpr int PadTo(int multiple, int n) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-CANOPY_HOST_DEVICE constexpr int PadTo16(int n) { return PadTo(16, n); }
-
-// Elements between rows of C in shared memory: an odd number of 64 bytes, so that the vectors of
-// two rows lie in different banks.
-template <typename T>
-CANOPY_HOST_DEVICE constexpr int StateStride(int padded_d_state) {
-  constexpr int kElements = 64 / sizeof(T);
-  return padded_d_state + (padded_d_state / kElements % 2 == 0 ? kElements : 0);
-}
 
 // Shared memory of the second operator, in bytes, for buckets of `rows` rows. pending_u takes the
 // place of c once that is used up.
@@ -88,7 +75,7 @@ struct ScanLayout {
   CANOPY_HOST_DEVICE ScanLayout(int rows, int padded_d_state) {
     c = 0;
     pending_u = 0;
-    const int c_bytes = rows * StateStride<T>(padded_d_state) * static_cast<int>(sizeof(T));
+    const int c_bytes = rows * RowStride<T>(padded_d_state) * static_cast<int>(sizeof(T));
     const int u_bytes = kMaxRows * kSliceDims * 4;
     ring_u = c_bytes > u_bytes ? c_bytes : u_bytes;
     weights = ring_u + kRing * kSliceDims * 4;
@@ -253,45 +240,6 @@ __device__ __forceinline__ void ScanInputs(const ScanOp& op, const PassNodes& no
   }
 }
 
-// Eight elements of a row from 8 (lane % 4) on, of a block of 32: operands of two k-steps.
-template <typename T>
-struct StateVector;
-template <>
-struct StateVector<__nv_bfloat16> {
-  uint4 v = {0, 0, 0, 0};
-
-  __device__ void Load(const __nv_bfloat16* at) { v = *reinterpret_cast<const uint4*>(at); }
-  __device__ void LoadGlobal(const __nv_bfloat16* at, bool there) { v = LoadNewBits(at, there); }
-  __device__ uint32_t Pair(int step, int half) const {
-    return step == 0 ? (half == 0 ? v.x : v.y) : (half == 0 ? v.z : v.w);
-  }
-  template <typename Fragment>
-  __device__ void Set(Fragment& f, int i, int step, int half) const {
-    f.r[i] = Pair(step, half);
-  }
-};
-template <>
-struct StateVector<float> {
-  float4 v[2] = {};
-
-  __device__ void Load(const float* at) {
-    v[0] = reinterpret_cast<const float4*>(at)[0];
-    v[1] = reinterpret_cast<const float4*>(at)[1];
-  }
-  __device__ void LoadGlobal(const float* at, bool there) {
-    v[0] = LoadNew4(at, there);
-    v[1] = LoadNew4(at + 4, there);
-  }
-  template <typename Fragment>
-  __device__ void Set(Fragment& f, int i, int step, int half) const {
-    if (half == 0) {
-      SetPair(f, i, v[step].x, v[step].y);
-    } else {
-      SetPair(f, i, v[step].z, v[step].w);
-    }
-  }
-};
-
 template <int kCount>
 struct Vector {
   float v[kCount];
@@ -372,7 +320,7 @@ __device__ __forceinline__ void ScanHeads(const ScanOp& op, const PassNodes& nod
   float* weights = reinterpret_cast<float*>(work + layout.weights);
   float* terms = reinterpret_cast<float*>(work + layout.terms);
   float* decay = reinterpret_cast<float*>(work + layout.decay);
-  const int ds = op.padded_d_state, c_stride = StateStride<T>(ds);
+  const int ds = op.padded_d_state, c_stride = RowStride<T>(ds);
   const int rows = nodes.rows, prefix = nodes.prefix;
   const int new_rows = kRing + nodes.first_pending;  // stored rows before those of this pass
   const int end_rows = new_rows + rows;
@@ -410,7 +358,7 @@ __device__ __forceinline__ void ScanHeads(const ScanOp& op, const PassNodes& nod
     // Eight stored rows a warp.
     const int stored = warp * 8 + octet;
     const T* b_from = store.b + (stored * b_width + group * ds + quad * 8);
-    StateVector<T> b[kBlocksAhead];
+    RowVector<T> b[kBlocksAhead];
 #pragma unroll
     for (int i = 0; i < kBlocksAhead; ++i) {
       b[i].LoadGlobal(b_from + i * 32, stored < end_rows && i * 32 < ds);
@@ -470,23 +418,13 @@ __device__ __forceinline__ void ScanHeads(const ScanOp& op, const PassNodes& nod
           const int n = first + i * 32;
           if (n >= ds) break;
           if (first > 0) b[i].LoadGlobal(b_from + n, stored < end_rows);
-          FragmentB<T> fb[2];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) b[i].Set(fb[e / 2], e % 2, e / 2, e % 2);
+          FragmentB<T> second[2];
+          SetSecond(second, b[i]);
 #pragma unroll
           for (int m = 0; m < kRowBlocks; ++m) {
-            StateVector<T> low, high;
-            low.Load(c + (m * 16 + octet) * c_stride + n + quad * 8);
-            if (kRows > 8) high.Load(c + (m * 16 + 8 + octet) * c_stride + n + quad * 8);
-#pragma unroll
-            for (int step = 0; step < 2; ++step) {
-              FragmentA<T> fa;
-              low.Set(fa, 0, step, 0);
-              high.Set(fa, 1, step, 0);
-              low.Set(fa, 2, step, 1);
-              high.Set(fa, 3, step, 1);
-              Multiply(scores[m], fa, fb[step]);
-            }
+            AddRowProducts<kRows == 8>(scores[m], second,
+                                       c + (m * 16 + octet) * c_stride + n + quad * 8,
+                                       c + (m * 16 + 8 + octet) * c_stride + n + quad * 8);
           }
         }
       }
@@ -532,7 +470,7 @@ __device__ __forceinline__ void ScanHeads(const ScanOp& op, const PassNodes& nod
           if (!held) load_state(position, block);
           held = position == nodes.first_checkpoint && nodes.last_checkpoint == position &&
                  ds <= 32 * kStateParts;
-          StateVector<T> from[kTermTiles];
+          RowVector<T> from[kTermTiles];
 #pragma unroll
           for (int i = 0; i < kTermTiles; ++i) {
             from[i].Load(c + (k * 32 + i * 8 + octet) * c_stride + block * 32 + quad * 8);

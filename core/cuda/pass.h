@@ -36,6 +36,11 @@ inline constexpr int kConsumers = 32 * kConsumerWarps;
 // And four warps that bring data, one of them idle: registers are given to groups of four warps.
 inline constexpr int kBlockThreads = kConsumers + 128;
 
+CANOPY_HOST_DEVICE constexpr int PadTo(int multiple, int n) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+CANOPY_HOST_DEVICE constexpr int PadTo16(int n) { return PadTo(16, n); }
+
 // Where column `column` of row `row` lies in an act of `bucket_rows` rows. Within a k-step, bf16 is
 // stored as 8 x 8 matrices [rows / 8][2][8][8], as wgmma and ldmatrix read them; f32 row by row
 // with a lane's four operands side by side.
@@ -56,7 +61,7 @@ struct LayerStore {
   T* b;                   // [kRing + pending, groups * padded d_state]
   float* l;               // [kRing + pending, heads]
   float* conv;            // [kernel - 1 + pending, channels]
-  T* k;                   // [positions + pending, kv_heads * head_dim]
+  T* k;                   // [positions + pending, kv_heads * padded head_dim]
   T* v;
 };
 
@@ -70,7 +75,7 @@ struct PassNodes {
   int32_t first_checkpoint, last_checkpoint;  // of all nodes
   int32_t top;                                // greatest logits to select in each row; 0: none
   const void* layers;                         // LayerStore<T> [layers]
-  float* attention;                           // scratch: [rows][heads][key_blocks][head_dim + 2]
+  float* attention;                           // scratch: [rows][heads][key_blocks][padded head + 2]
   int32_t token[kMaxRows];
   int32_t position[kMaxRows];
   int32_t checkpoint[kMaxRows];      // position of the checkpoint that the node reads

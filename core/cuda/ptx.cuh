@@ -91,25 +91,30 @@ __device__ inline void FenceProxyAsyncShared() {
 // Loads of what other blocks wrote in this pass: not through the cache of the multiprocessor. With
 // a condition they are one predicated instruction (the compiler makes branches of its own
 // intrinsics), and 0 where it does not hold.
-__device__ inline float LoadNew(const float* at, bool there = true) {
-  float v;
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.s32 p, %2, 0;\n mov.f32 %0, 0f00000000;\n"
-      " @p ld.global.cg.f32 %0, [%1];\n}"
-      : "=f"(v)
-      : "l"(at), "r"(static_cast<int>(there)));
-  return v;
-}
-__device__ inline float4 LoadNew4(const float* at, bool there = true) {
-  float4 v;
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n mov.f32 %0, 0f00000000;\n"
-      " mov.f32 %1, 0f00000000;\n mov.f32 %2, 0f00000000;\n mov.f32 %3, 0f00000000;\n"
-      " @p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "l"(at), "r"(static_cast<int>(there)));
-  return v;
-}
+#define CANOPY_LOADS(name, how)                                                 \
+  __device__ inline float name(const float* at, bool there = true) {            \
+    float v;                                                                    \
+    asm volatile(                                                               \
+        "{\n .reg .pred p;\n setp.ne.s32 p, %2, 0;\n mov.f32 %0, 0f00000000;\n" \
+        " @p ld.global." how ".f32 %0, [%1];\n}"                                \
+        : "=f"(v)                                                               \
+        : "l"(at), "r"(static_cast<int>(there)));                               \
+    return v;                                                                   \
+  }                                                                             \
+  __device__ inline float4 name##4(const float* at, bool there = true) {        \
+    float4 v;                                                                   \
+    asm volatile(                                                               \
+        "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n mov.f32 %0, 0f00000000;\n" \
+        " mov.f32 %1, 0f00000000;\n mov.f32 %2, 0f00000000;\n"                  \
+        " mov.f32 %3, 0f00000000;\n"                                            \
+        " @p ld.global." how ".v4.f32 {%0, %1, %2, %3}, [%4];\n}"               \
+        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)                            \
+        : "l"(at), "r"(static_cast<int>(there)));                               \
+    return v;                                                                   \
+  }
+CANOPY_LOADS(LoadNew, "cg")
+CANOPY_LOADS(LoadWeight, "nc")  // of weights, which nobody writes
+#undef CANOPY_LOADS
 __device__ inline uint4 LoadNewBits(const void* at, bool there = true) {
   uint4 v;
   asm volatile(
@@ -119,27 +124,7 @@ __device__ inline uint4 LoadNewBits(const void* at, bool there = true) {
       : "l"(at), "r"(static_cast<int>(there)));
   return v;
 }
-// Loads of weights.
-__device__ inline float LoadWeight(const float* at, bool there = true) {
-  float v;
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.s32 p, %2, 0;\n mov.f32 %0, 0f00000000;\n"
-      " @p ld.global.nc.f32 %0, [%1];\n}"
-      : "=f"(v)
-      : "l"(at), "r"(static_cast<int>(there)));
-  return v;
-}
-__device__ inline float4 LoadWeight4(const float* at, bool there = true) {
-  float4 v;
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n mov.f32 %0, 0f00000000;\n"
-      " mov.f32 %1, 0f00000000;\n mov.f32 %2, 0f00000000;\n mov.f32 %3, 0f00000000;\n"
-      " @p ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "l"(at), "r"(static_cast<int>(there)));
-  return v;
-}
-// And their stores.
+// And stores of what they will read.
 __device__ inline void StoreNew(float* to, float v, bool there = true) {
   asm volatile(
       "{\n .reg .pred p;\n setp.ne.s32 p, %2, 0;\n @p st.global.cg.f32 [%0], %1;\n}" ::"l"(to),

@@ -13,6 +13,10 @@
 // f32 operands are split into three bf16 (core/cuda/ptx.cuh).
 //
 // Bytes: weights once; activations rows * K * sizeof(T) for each tile; sums.
+//
+// What did not pay (docs/performance.md): weights fetched into the cache beyond the ring; the next
+// product's weights held back until the barrier; blocks of outputs by eight warps with mma.sync,
+// whose sums did not fit the registers at 64 rows.
 
 #ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
 #define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_

@@ -10,11 +10,11 @@
 #include "absl/strings/str_cat.h"
 #include "core/cpu_backend.h"
 #include "experiments/arm.h"
-#include "experiments/commands.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "models/loader.h"
 #include "tests/support/checkpoint_files.h"
+#include "tests/support/command_output.h"
 #include "tests/support/session.h"
 
 namespace canopy {
@@ -38,25 +38,15 @@ std::string Config(const TempFolder& folder, const std::string& shapes = "topk:2
   return file;
 }
 
-struct Output {
-  int code = 0;
-  std::string out, err;
-};
-Output Check(std::vector<std::string> args) {
+testing::CommandOutput Check(std::vector<std::string> args) {
   args.insert(args.begin(), "check");
-  Output output;
-  ::testing::internal::CaptureStdout();
-  ::testing::internal::CaptureStderr();
-  output.code = RunCanopy(args);
-  output.out = ::testing::internal::GetCapturedStdout();
-  output.err = ::testing::internal::GetCapturedStderr();
-  return output;
+  return testing::RunCommand(args);
 }
 
 TEST(Check, SettingsThatMustNotMatterPass) {
   const TempFolder folder;
-  const Output output = Check({"--config", Config(folder), "--run.threads=1", "--against",
-                               "run.threads=2", "--tolerance=0"});
+  const testing::CommandOutput output = Check({"--config", Config(folder), "--run.threads=1",
+                                               "--against", "run.threads=2", "--tolerance=0"});
   EXPECT_EQ(output.code, 0) << output.err;
   EXPECT_THAT(output.out, HasSubstr("2 of 2"));
   EXPECT_THAT(output.out, HasSubstr("passed"));
@@ -65,12 +55,13 @@ TEST(Check, SettingsThatMustNotMatterPass) {
 TEST(Check, AnotherModelFails) {
   const TempFolder folder;
   const std::string file = Config(folder);
-  const Output output = Check({"--config", file, "--against=target.model=" + kDraft});
+  const testing::CommandOutput output =
+      Check({"--config", file, "--against=target.model=" + kDraft});
   EXPECT_EQ(output.code, 1);
   EXPECT_THAT(output.out, HasSubstr("ids: plain decoding, question"));
   EXPECT_THAT(output.err, HasSubstr("differ in a token id"));
   // The tolerance is of logits, not of ids.
-  const Output wide =
+  const testing::CommandOutput wide =
       Check({"--config", file, "--against=target.model=" + kDraft, "--tolerance=1e9"});
   EXPECT_EQ(wide.code, 1);
   EXPECT_THAT(wide.err, HasSubstr("and 0 of"));
@@ -132,8 +123,8 @@ TEST(Check, FindsTheGreatestDifferenceOfLogits) {
 
 TEST(Check, TreesAndDraftersAreExact) {
   const TempFolder folder;
-  const Output output = Check({"--config", Config(folder, "chain:3 | topk:3,2,1"), "--exact",
-                               "--draft.kind=model | ngram"});
+  const testing::CommandOutput output = Check({"--config", Config(folder, "chain:3 | topk:3,2,1"),
+                                               "--exact", "--draft.kind=model | ngram"});
   EXPECT_EQ(output.code, 0) << output.err << output.out;
   EXPECT_THAT(output.out, HasSubstr("2 of 2"));
   EXPECT_THAT(output.out, HasSubstr("passed"));
@@ -141,7 +132,7 @@ TEST(Check, TreesAndDraftersAreExact) {
 
 TEST(Check, ExactNeedsTwoScoresOfAPath) {
   const TempFolder folder;
-  const Output output =
+  const testing::CommandOutput output =
       Check({"--config", Config(folder), "--exact", "--draft.kind=none", "--suite.limit=1"});
   EXPECT_EQ(output.code, 1);
   EXPECT_THAT(output.err, HasSubstr("no two logits could be compared"));

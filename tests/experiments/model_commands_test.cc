@@ -10,13 +10,13 @@
 
 #include "core/cpu_backend.h"
 #include "drafting/registry.h"
-#include "experiments/commands.h"
 #include "experiments/decode_loop.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "models/loader.h"
 #include "nlohmann/json.hpp"
 #include "tests/support/checkpoint_files.h"
+#include "tests/support/command_output.h"
 #include "verify/acceptance.h"
 
 namespace canopy {
@@ -32,21 +32,9 @@ using testing::StoredTensors;
 using testing::TempFolder;
 using testing::WriteFile;
 
-struct Output {
-  int code = 0;
-  std::string out;
-  std::string err;
-};
+using Output = testing::CommandOutput;
 
-Output Canopy(const std::vector<std::string>& args) {
-  Output output;
-  ::testing::internal::CaptureStdout();
-  ::testing::internal::CaptureStderr();
-  output.code = RunCanopy(args);
-  output.out = ::testing::internal::GetCapturedStdout();
-  output.err = ::testing::internal::GetCapturedStderr();
-  return output;
-}
+Output Canopy(const std::vector<std::string>& args) { return testing::RunCommand(args); }
 
 void ExpectError(const Output& output, int code, const std::string& command,
                  const std::string& message) {

@@ -16,7 +16,8 @@ namespace canopy::testing {
 namespace fs = std::filesystem;
 
 TempFolder::TempFolder() {
-  std::string name = (fs::temp_directory_path() / "canopy_test_XXXXXX").string();
+  // mkdtemp replaces the last six letters.
+  std::string name = (fs::temp_directory_path() / "canopy_test_").string() + std::string(6, 'X');
   CHECK(mkdtemp(name.data()) != nullptr);
   path_ = name;
 }
