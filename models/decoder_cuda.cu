@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <climits>
 #include <cmath>
 #include <cstring>
@@ -20,18 +21,12 @@ using cuda::kMaxRows;
 
 constexpr int kBuckets = 4;
 constexpr int kBucketRows[kBuckets] = {8, 16, 32, 64};
-// Shared memory that every operator but the scan has enough of: activations, factors of norms (of
-// as many groups of columns as fit), the first operator of a scan.
+// Shared memory that every operator but scan and attention has enough of: activations, factors of
+// norms (of as many groups of columns as fit).
 constexpr int kLeastWorkBytes = cuda::kActRingBytes + 4 * kMaxRows * cuda::kMostNormGroups;
-static_assert(4 * kMaxRows * (2 + cuda::kMostScanColumns) <= kLeastWorkBytes);
+static_assert(4 * cuda::kConsumerWarps * cuda::kMaxHeadDim <= kLeastWorkBytes);
 // Passes in flight at most: each has its own description of its nodes.
 constexpr int kInFlight = 16;
-
-int BucketOf(int rows) {
-  int bucket = 0;
-  while (kBucketRows[bucket] < rows) ++bucket;
-  return bucket;
-}
 
 // Random weights for synthetic models: uniform with the variance 1 / columns, from a hash of the
 // element's place, so that they are the same on every device of one size.
@@ -60,7 +55,7 @@ struct DeviceMatrix {
   ProductShape shape;
   int splits = 0;  // the most of a tile
 
-  cuda::Partials Sums(const float* data) const {
+  cuda::Partials Sums(float* data) const {
     int shift = 0;
     while (1 << shift < op.tile_subs * cuda::kUnitRows) ++shift;
     return {data, counts.as<uint8_t>(), splits, shift, op.split_stride, op.ld};
@@ -75,6 +70,12 @@ std::vector<cuda::MatmulOp> ProductsOf(const std::vector<cuda::Op>& ops) {
   return products;
 }
 
+std::vector<int> BarriersBefore(const std::vector<cuda::Op>& ops) {
+  std::vector<int> before = {0};
+  for (const cuda::Op& op : ops) before.push_back(before.back() + op.barrier);
+  return before;
+}
+
 // Columns of a product's input, where groups are padded to whole k-steps.
 struct Columns {
   int count = 0;
@@ -85,6 +86,26 @@ struct Columns {
   int k_steps() const { return groups * padded_width() / 16; }
   int Place(int column) const { return column / width() * padded_width() + column % width(); }
 };
+
+// Numbers from `first` on in `parts` parts of `width`, each padded to `padded` with -1.
+std::vector<int> PaddedParts(int first, int parts, int width, int padded) {
+  std::vector<int> result;
+  for (int i = 0; i < parts; ++i) {
+    for (int k = 0; k < padded; ++k) result.push_back(k < width ? first + i * width + k : -1);
+  }
+  return result;
+}
+// values[places[i]], 0 where that is -1; nothing of nothing.
+std::vector<float> Placed(std::span<const float> values, const std::vector<int>& places) {
+  std::vector<float> result;
+  if (values.empty()) return result;
+  for (const int place : places) result.push_back(place < 0 ? 0.0f : values[place]);
+  return result;
+}
+template <typename Element>
+void Append(const std::vector<Element>& more, std::vector<Element>* to) {
+  to->insert(to->end(), more.begin(), more.end());
+}
 
 template <typename T>
 class Storage final : public StateStorage {
@@ -134,6 +155,7 @@ class CudaWorkspace final : public Workspace {
   cuda::MatmulOp* products[kBuckets] = {};  // of those
   int product_count = 0;
   std::vector<std::string> names;         // of the operators, the same in every bucket
+  std::vector<int> barriers;              // before each operator, and of all
   cuda::PassNodes* nodes = nullptr;       // [kInFlight]
   cuda::PassNodes* nodes_host = nullptr;  // [kInFlight], pinned
   int next_nodes = 0;
@@ -204,6 +226,26 @@ class CudaDecoder final : public CudaModel {
   };
   std::vector<Product> AllProducts() const;
 
+  // Shared memory of a bucket's operators, and the buckets whose kernels have enough of it for all
+  // layers.
+  int WorkBytes(int bucket) const {
+    constexpr int kFixed[kBuckets] = {
+        cuda::SharedLayout<T, 1>::kFixed, cuda::SharedLayout<T, 2>::kFixed,
+        cuda::SharedLayout<T, 4>::kFixed, cuda::SharedLayout<T, 8>::kFixed};
+    return cuda_.shared_bytes() - kFixed[bucket];
+  }
+  int LastBucket() const {
+    int bucket = kBuckets - 1;
+    while (bucket >= 0 && !has_bucket_[bucket]) --bucket;
+    return bucket;
+  }
+  int MaxRows() const { return kBucketRows[LastBucket()]; }
+  int BucketFor(int rows) const {
+    int bucket = 0;
+    while (kBucketRows[bucket] < rows || !has_bucket_[bucket]) ++bucket;
+    return bucket;
+  }
+
   // Weights of one block on the device.
   struct Layer {
     DeviceMatrix in, out, gate_up, down;  // in: in_proj or q, k and v
@@ -217,7 +259,7 @@ class CudaDecoder final : public CudaModel {
     const float* k_norm = nullptr;
     const float* inv_freq = nullptr;
     cuda::ScanOp scan;  // what does not depend on a workspace
-    int node_group = 0;
+    int node_group[kBuckets] = {};
   };
 
   // Addresses in a workspace's memory, the same for every bucket but the activations.
@@ -228,10 +270,7 @@ class CudaDecoder final : public CudaModel {
     float* partials;
     float* squares;
     float* scan_squares;
-    float* scan_factors;
-    T* scan_x;
-    T* scan_c;
-    float* scan_dt;
+    char* scan_sent;
     T* q;
     float* select_values;
     int32_t* select_tokens;
@@ -240,9 +279,10 @@ class CudaDecoder final : public CudaModel {
   absl::Status CommitRows(DecodeState& state, std::span<const NodeId> path) const override;
   absl::Status CommitPath(DecodeState& state, const cuda::CommitPath& path) const;
 
-  // whole: where the result is read as it is, and not from splits.
+  // whole: where the result is read as it is, and not from splits. outputs: which output of the
+  // matrix a column of the result is, -1: none; empty: the same.
   absl::StatusOr<DeviceMatrix> Upload(const PackedMatrix& matrix, const Columns& columns,
-                                      bool whole = false);
+                                      bool whole = false, std::span<const int> outputs = {});
   absl::StatusOr<const float*> Upload(const std::vector<float>& values, int padded = 0);
   cuda::MatmulOp Plan(int units, const Columns& columns, bool whole) const;
   absl::Status PrepareScan(const SsdSpec& ssd, int layer, cuda::ScanOp* scan) const;
@@ -276,11 +316,9 @@ class CudaDecoder final : public CudaModel {
   int mixed_steps_ = 0;
   size_t partial_floats_ = 0;
   int scan_squares_ = 0;
-  int scan_width_ = 0;
-  int scan_c_width_ = 0;
-  int scan_heads_ = 0;
+  int sent_bytes_ = 0;
   int q_columns_ = 0;
-  int max_rows_ = kMaxRows;
+  std::array<bool, kBuckets> has_bucket_ = {true, true, true, true};
   size_t stream_bytes_ = 0;  // of weights that a pass reads
   uint64_t seed_ = 1;
   bool has_ssd_ = false;
@@ -320,10 +358,13 @@ cuda::MatmulOp CudaDecoder<T>::Plan(int units, const Columns& columns, bool whol
 
 template <typename T>
 absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
-                                                    const Columns& columns, bool whole) {
+                                                    const Columns& columns, bool whole,
+                                                    std::span<const int> outputs) {
   DeviceMatrix result;
-  const int units = (matrix.out_features() + cuda::kUnitRows - 1) / cuda::kUnitRows;
+  const int out = outputs.empty() ? matrix.out_features() : static_cast<int>(outputs.size());
+  const int units = (out + cuda::kUnitRows - 1) / cuda::kUnitRows;
   cuda::MatmulOp op = Plan(units, columns, whole);
+  op.columns = out;
   op.split_stride = units * cuda::kUnitRows;
   op.group_steps = columns.padded_width() / 16;
   const int blocks = cuda_.multiprocessors();
@@ -360,8 +401,10 @@ absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
     for (int first = 0; first < units * cuda::kUnitRows; first += tile_rows) {
       const int64_t from = int64_t{first} * op.k_steps * 16;
       host.assign(std::min(int64_t{tile_rows} * op.k_steps * 16, elements - from), T(0.0f));
-      for (int m = first; m < std::min(matrix.out_features(), first + tile_rows); ++m) {
-        matrix.UnpackRow(m, row.data());
+      for (int m = first; m < std::min(out, first + tile_rows); ++m) {
+        const int output = outputs.empty() ? m : outputs[m];
+        if (output < 0) continue;
+        matrix.UnpackRow(output, row.data());
         for (int k = 0; k < columns.count; ++k) {
           host[cuda::PackedElement<T>(op, m, columns.Place(k)) - from] = T(row[k]);
         }
@@ -401,10 +444,16 @@ absl::Status CudaDecoder<T>::PrepareScan(const SsdSpec& ssd, int layer, cuda::Sc
   scan->dt_min = ssd.dt_min;
   scan->dt_max = ssd.dt_max;
   scan->norm_groups = ssd.norm_groups;
-  scan->conv_stride = PaddedColumns(ssd.channels());
+  scan->channels = cuda::PadTo(4, ssd.heads * scan->padded_head + 2 * ssd.groups * ssd.d_state);
   scan->slices = (ssd.head_dim + cuda::kSliceDims - 1) / cuda::kSliceDims;
   const int blocks = cuda_.multiprocessors();
-  scan->columns = std::min((ssd.channels() + blocks - 1) / blocks, cuda::kMostScanColumns);
+  // B, C and dt are for the blocks that have fewer slices of heads than others, where those are
+  // many.
+  const int spare = (blocks - scan->heads * scan->slices % blocks) % blocks;
+  const int takers = spare >= blocks / 8 ? spare : blocks;
+  const int columns = 2 * ssd.groups * ssd.d_state + ssd.heads;
+  scan->sent_columns = std::min((columns + takers - 1) / takers, cuda::kMostScanColumns);
+  scan->sent_bytes = cuda::SentBytes<T>(scan->groups, scan->padded_d_state, scan->heads);
   const auto unsupported = [&](const std::string& what) {
     return absl::UnimplementedError(
         absl::StrCat("layer ", layer, ": ", what, "; use the device cpu for this model"));
@@ -429,16 +478,15 @@ absl::Status CudaDecoder<T>::Prepare() {
   const int padded_hidden = hidden_steps_ * 16;
   const Columns hidden_columns{hidden, 1};
   const size_t before = cuda_.memory().bytes_in_use;
-  const int work_bytes = cuda_.shared_bytes() - cuda::SharedLayout<T>::kFixed;
   const auto unsupported = [&](size_t layer, const std::string& what) {
     return absl::UnimplementedError(
         absl::StrCat("layer ", layer, ": ", what, "; use the device cpu for this model"));
   };
-  if (work_bytes < kLeastWorkBytes) {
+  if (WorkBytes(0) < kLeastWorkBytes) {
     return absl::FailedPreconditionError(
         absl::StrCat(cuda_.Description(), " has ", cuda_.shared_bytes(),
                      " bytes of shared memory for a block; Canopy's kernels need ",
-                     cuda::SharedLayout<T>::kFixed + kLeastWorkBytes));
+                     cuda_.shared_bytes() - WorkBytes(0) + kLeastWorkBytes));
   }
   RETURN_IF_CUDA_ERROR(cuda::PreparePass<T>(cuda_.shared_bytes()), "preparing the kernels");
   std::vector<cuda::FoldShape> folds;
@@ -456,14 +504,17 @@ absl::Status CudaDecoder<T>::Prepare() {
       }
       const int per_kv = attention->heads / attention->kv_heads;
       const int padded = cuda::PadTo(32, attention->head_dim);
-      int query_rows = cuda::kMostQueryRows;
-      while (query_rows > 8 &&
-             cuda::AttentionLayout<T>(cuda::PadTo16(query_rows), padded).end > work_bytes) {
-        query_rows /= 2;
+      for (int bucket = 0; bucket < kBuckets; ++bucket) {
+        const auto fits = [&](int query_rows) {
+          return cuda::AttentionLayout<T>(cuda::PadTo16(query_rows), padded).end <=
+                 WorkBytes(bucket);
+        };
+        int query_rows = cuda::kMostQueryRows;
+        while (query_rows > 8 && !fits(query_rows)) query_rows /= 2;
+        layer.node_group[bucket] = fits(query_rows) ? query_rows / per_kv : 0;
+        has_bucket_[bucket] &= layer.node_group[bucket] > 0;
       }
-      layer.node_group = query_rows / per_kv;
-      if (layer.node_group == 0 ||
-          cuda::AttentionLayout<T>(cuda::PadTo16(query_rows), padded).end > work_bytes) {
+      if (LastBucket() < 0) {
         return unsupported(i, absl::StrCat(per_kv, " heads of ", attention->head_dim,
                                            " columns to a head of keys, more than fit"));
       }
@@ -481,17 +532,33 @@ absl::Status CudaDecoder<T>::Prepare() {
       const SsdSpec& ssd = std::get<SsdSpec>(block.mixer);
       RETURN_IF_ERROR(PrepareScan(ssd, index, &layer.scan));
       const Columns out{ssd.inner(), ssd.norm_groups};
-      ASSIGN_OR_RETURN(layer.in, Upload(ssd.in_proj, hidden_columns));
+      const int padded_head = layer.scan.padded_head;
+      const std::vector<int> inner = PaddedParts(0, ssd.heads, ssd.head_dim, padded_head);
+      const int states = 2 * ssd.groups * ssd.d_state;
+      std::vector<int> columns = inner;  // of in_proj: z, x, B and C, dt
+      Append(PaddedParts(ssd.inner(), ssd.heads, ssd.head_dim, padded_head), &columns);
+      Append(PaddedParts(2 * ssd.inner(), 1, states + ssd.heads, states + ssd.heads), &columns);
+      std::vector<int> channels = inner;
+      Append(
+          PaddedParts(ssd.inner(), 1, states, layer.scan.channels - static_cast<int>(inner.size())),
+          &channels);
+      ASSIGN_OR_RETURN(layer.in, Upload(ssd.in_proj, hidden_columns, /*whole=*/false, columns));
       ASSIGN_OR_RETURN(layer.out, Upload(ssd.out_proj, out));
       ASSIGN_OR_RETURN(layer.out_bias, Upload(ssd.out_proj_bias, padded_hidden));
       cuda::ScanOp& scan = layer.scan;
-      ASSIGN_OR_RETURN(scan.in_bias, Upload(ssd.in_proj_bias));
-      ASSIGN_OR_RETURN(scan.conv_weight, Upload(ssd.conv_weight));
-      ASSIGN_OR_RETURN(scan.conv_bias, Upload(ssd.conv_bias));
+      ASSIGN_OR_RETURN(scan.in_bias, Upload(Placed(ssd.in_proj_bias, columns)));
+      std::vector<float> conv_weight;
+      for (int k = 0; k < ssd.conv_kernel; ++k) {
+        Append(
+            Placed(std::span(ssd.conv_weight).subspan(k * PaddedColumns(ssd.channels())), channels),
+            &conv_weight);
+      }
+      ASSIGN_OR_RETURN(scan.conv_weight, Upload(conv_weight));
+      ASSIGN_OR_RETURN(scan.conv_bias, Upload(Placed(ssd.conv_bias, channels)));
       ASSIGN_OR_RETURN(scan.a, Upload(ssd.A));
       ASSIGN_OR_RETURN(scan.d, Upload(ssd.D));
       ASSIGN_OR_RETURN(scan.dt_bias, Upload(ssd.dt_bias));
-      ASSIGN_OR_RETURN(scan.norm_weight, Upload(ssd.norm_weight));
+      ASSIGN_OR_RETURN(scan.norm_weight, Upload(Placed(ssd.norm_weight, inner)));
       scan.group_columns = out.padded_width();
       mixed_steps_ = std::max(mixed_steps_, out.k_steps());
       const int squares = scan.heads * scan.slices * (cuda::kSliceDims / cuda::kSquareDims);
@@ -508,14 +575,12 @@ absl::Status CudaDecoder<T>::Prepare() {
         return unsupported(i, absl::StrCat(ssd.norm_groups, " norm groups; the CUDA kernels have ",
                                            cuda::kMostNormGroups));
       }
-      scan_width_ = std::max(scan_width_, scan.heads * scan.padded_head);
-      scan_c_width_ = std::max(scan_c_width_, scan.groups * scan.padded_d_state);
-      scan_heads_ = std::max(scan_heads_, scan.heads);
-      while (max_rows_ >= 8 &&
-             cuda::ScanLayout<T>(max_rows_, scan.padded_d_state).end > work_bytes) {
-        max_rows_ /= 2;
+      sent_bytes_ = std::max(sent_bytes_, scan.sent_bytes);
+      for (int bucket = 0; bucket < kBuckets; ++bucket) {
+        has_bucket_[bucket] &=
+            cuda::ScanLayout<T>(kBucketRows[bucket], scan.padded_d_state).end <= WorkBytes(bucket);
       }
-      if (max_rows_ < 8) {
+      if (LastBucket() < 0) {
         return unsupported(
             i, absl::StrCat("a state of ", ssd.d_state, ", too large for the CUDA kernels"));
       }
@@ -584,7 +649,7 @@ absl::Status CudaDecoder<T>::Prepare() {
   info.dtype = dtype_;
   info.weight_bytes = cuda_.memory().bytes_in_use - before;
   info.prefers_top = true;
-  info.max_nodes = max_rows_;
+  info.max_nodes = MaxRows();
   return absl::OkStatus();
 }
 
@@ -628,18 +693,18 @@ absl::StatusOr<std::unique_ptr<DecodeState>> CudaDecoder<T>::NewState(
       pieces.Add(&store.u, size_t{1} * rows * u_columns);
       pieces.Add(&store.b, rows * b_columns);
       pieces.Add(&store.l, size_t{1} * rows * ssd.heads);
-      pieces.Add(&store.conv, size_t{1} * (scan.taps + pending) * ssd.channels());
+      pieces.Add(&store.conv, size_t{1} * (scan.taps + pending) * scan.channels);
       storage->checkpoint_bytes[i] = floats * sizeof(float);
       const size_t row =
           u_columns * sizeof(float) + b_columns * sizeof(T) + ssd.heads * sizeof(float);
-      const size_t conv_row = ssd.channels() * sizeof(float);
+      const size_t conv_row = scan.channels * sizeof(float);
       memory.checkpoint_bytes += 2 * floats * sizeof(float) + scan.taps * conv_row;
       memory.ring_bytes += row * kRing;
       memory.pending_bytes_per_node += row + conv_row;
       committed.u_columns = u_columns;
       committed.b_columns = static_cast<int>(b_columns);
       committed.heads = ssd.heads;
-      committed.channels = ssd.channels();
+      committed.channels = scan.channels;
       committed.taps = scan.taps;
     }
   }
@@ -655,6 +720,9 @@ absl::StatusOr<std::unique_ptr<DecodeState>> CudaDecoder<T>::NewState(
   if (attention_floats > 0) {
     const int64_t blocks = (int64_t{options.max_positions} + kMaxRows) / cuda::kKeysPerBlock + 1;
     ASSIGN_OR_RETURN(storage->attention, cuda_.Allocate(blocks * attention_floats * sizeof(float)));
+    RETURN_IF_CUDA_ERROR(cudaMemsetAsync(storage->attention.data(), 0xff,
+                                         storage->attention.bytes(), cuda_.stream()),
+                         "clearing memory");
   }
   memory.total_bytes = cuda_.memory().bytes_in_use - before;
   return std::make_unique<DecodeState>(this, options, std::move(storage), memory);
@@ -672,10 +740,7 @@ void CudaDecoder<T>::AddPieces(Pieces& pieces, Places& p, CudaWorkspace& ws) con
   pieces.Add(&p.squares, size_t{1} * kMaxRows * cuda::Granules(hidden_steps_));
   pieces.Add(&p.scan_squares, size_t{1} * kMaxRows * scan_squares_);
   pieces.Add(&p.q, size_t{1} * kMaxRows * q_columns_);
-  pieces.Add(&p.scan_factors, kMaxRows);
-  pieces.Add(&p.scan_x, size_t{1} * kMaxRows * scan_width_);
-  pieces.Add(&p.scan_c, size_t{1} * kMaxRows * scan_c_width_);
-  pieces.Add(&p.scan_dt, size_t{1} * kMaxRows * scan_heads_);
+  pieces.Add(&p.scan_sent, size_t{1} * kMaxRows * sent_bytes_);
   pieces.Add(&ws.logits, size_t{1} * kMaxRows * head_.op.ld);
   pieces.Add(&p.select_values, size_t{1} * kMaxRows * cuda::kSelectSlices * kMaxTop);
   pieces.Add(&p.select_tokens, size_t{1} * kMaxRows * cuda::kSelectSlices * kMaxTop);
@@ -696,6 +761,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     op.matmul.act = act;
     op.matmul.out = out;
     op.matmul.norm = norm;
+    op.barrier = out == ws.logits;
     shapes.resize(ops.size());
     shapes.push_back(matrix.shape);
     ops.push_back(op);
@@ -719,11 +785,12 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     const BlockSpec& block = spec_.blocks[i];
     const float* after_block = i + 1 < layers_.size() ? layers_[i + 1].norm : final_norm_;
     const auto residual = [&](const cuda::Partials& sums, const cuda::RowNorm& norm,
-                              const float* bias, const float* next) {
+                              const float* bias, const float* next) -> cuda::ResidualOp& {
       cuda::Op op;
       op.kind = cuda::OpKind::kResidual;
       op.residual = {sums, norm, bias, at.x, hidden, hidden_steps_, next_input(next)};
       ops.push_back(op);
+      return ops.back().residual;
     };
     const cuda::Partials in = matmul(layer.in, at.act_hidden[bucket], at.partials, {});
     cuda::RowNorm out_norm;
@@ -734,7 +801,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                       attention->kv_heads,
                       attention->head_dim,
                       cuda::PadTo(32, attention->head_dim),
-                      layer.node_group,
+                      layer.node_group[bucket],
                       attention->scale,
                       in,
                       hidden_norm(block.norm.eps),
@@ -749,6 +816,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       for (const cuda::OpKind kind : {cuda::OpKind::kAttentionInputs, cuda::OpKind::kAttendBlocks,
                                       cuda::OpKind::kCombineBlocks}) {
         op.kind = kind;
+        op.barrier = kind != cuda::OpKind::kAttendBlocks;
         ops.push_back(op);
       }
     } else {
@@ -760,14 +828,9 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       op.scan.norm = hidden_norm(block.norm.eps);
       op.scan.act = at.act_mixed[bucket];
       op.scan.squares = at.scan_squares;
-      op.scan.x = at.scan_x;
-      op.scan.c = at.scan_c;
-      op.scan.dt = at.scan_dt;
-      op.scan.factors = at.scan_factors;
-      for (const cuda::OpKind kind : {cuda::OpKind::kScanInputs, cuda::OpKind::kScanHeads}) {
-        op.kind = kind;
-        ops.push_back(op);
-      }
+      op.scan.sent = at.scan_sent;
+      op.kind = cuda::OpKind::kScan;
+      ops.push_back(op);
       out_norm = {at.scan_squares, scan_squares_ / ssd.norm_groups, ssd.norm_groups,
                   static_cast<float>(ssd.norm_groups) / static_cast<float>(ssd.inner()),
                   ssd.norm_eps};
@@ -776,8 +839,13 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     const bool grouped = out_norm.groups > 1;
     const cuda::Partials out =
         matmul(layer.out, at.act_mixed[bucket], at.partials, grouped ? out_norm : cuda::RowNorm{});
-    residual(out, grouped ? cuda::RowNorm{} : out_norm, layer.out_bias,
-             block.mlp ? layer.mlp_norm : after_block);
+    cuda::ResidualOp& after_mixer =
+        residual(out, grouped ? cuda::RowNorm{} : out_norm, layer.out_bias,
+                 block.mlp ? layer.mlp_norm : after_block);
+    if (std::holds_alternative<SsdSpec>(block.mixer)) {
+      after_mixer.unsend = reinterpret_cast<uint4*>(at.scan_sent);
+      after_mixer.unsend_row = layer.scan.sent_bytes / 16;
+    }
     if (block.mlp) {
       const cuda::Partials middle = matmul(layer.gate_up, at.act_hidden[bucket], at.partials, {});
       cuda::Op op;
@@ -826,9 +894,16 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
   Pieces pieces;
   AddPieces(pieces, places, *ws);
   ASSIGN_OR_RETURN(ws->memory, pieces.Place(cuda_));
+  const auto unsend = [&](void* data, size_t bytes) -> absl::Status {
+    RETURN_IF_CUDA_ERROR(cudaMemsetAsync(data, 0xff, bytes, cuda_.stream()), "clearing memory");
+    return absl::OkStatus();
+  };
+  RETURN_IF_ERROR(unsend(places.partials, partial_floats_ * sizeof(float)));
+  RETURN_IF_ERROR(unsend(places.scan_sent, size_t{1} * kMaxRows * sent_bytes_));
   // Once to count the operators, then with the addresses.
   const std::vector<cuda::Op> count = Program(0, *ws, places, &ws->names);
   const size_t op_count = count.size();
+  ws->barriers = BarriersBefore(count);
   ws->product_count = static_cast<int>(ProductsOf(count).size());
   Pieces tables;
   for (int b = 0; b < kBuckets; ++b) {
@@ -918,7 +993,7 @@ absl::Status CudaDecoder<T>::RunPass(DecodeState& state, std::span<const TokenId
                                      int first_pending, bool chain, bool head, int top,
                                      CudaWorkspace& ws) const {
   const int rows = static_cast<int>(tokens.size());
-  const int bucket = BucketOf(rows);
+  const int bucket = BucketFor(rows);
   const int slot = ws.next_nodes;
   // Every place is free again once all passes so far are done.
   if (slot == 0) RETURN_IF_ERROR(cuda_.Synchronize());
@@ -952,7 +1027,7 @@ absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
   RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
                                            cuda_.shared_bytes(), ws.last, cuda_.stream()),
                        "launching a pass");
-  ws.counter_base += static_cast<uint32_t>(ws.last.op_count) * cuda_.multiprocessors();
+  ws.counter_base += static_cast<uint32_t>(ws.barriers[ws.last.op_count]) * cuda_.multiprocessors();
   return absl::OkStatus();
 }
 
@@ -963,10 +1038,10 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
   RETURN_IF_ERROR(CheckForward(*this, items, ws.max_rows));
   for (const ForwardItem& item : items) {
     const int rows = static_cast<int>(item.tokens.size());
-    if (!item.commit_chain && rows > max_rows_) {
+    if (!item.commit_chain && rows > MaxRows()) {
       return absl::InvalidArgumentError(absl::StrCat("forward: ", rows, " nodes; a pass on ",
                                                      cuda_.Description(), " has at most ",
-                                                     max_rows_));
+                                                     MaxRows()));
     }
   }
   ws.first_row.clear();
@@ -1033,7 +1108,7 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
     for (int done = 0; done < count;) {
       const int into = state.position() % kSegment;
       const int room = into == 0 ? kMaxRows : kSegment - into;
-      const int part = std::min({count - done, room, max_rows_});
+      const int part = std::min({count - done, room, MaxRows()});
       const bool last = done + part == count;
       const bool head = item.logits == LogitsOf::kAll || (item.logits == LogitsOf::kLast && last);
       RETURN_IF_ERROR(
@@ -1168,8 +1243,8 @@ std::vector<ProductShape> CudaDecoder<T>::Products() const {
 template <typename T>
 absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(const ProductShape& shape, int rows,
                                                                 int repetitions) const {
-  CHECK(rows >= 1 && rows <= max_rows_);
-  const int bucket = BucketOf(rows);
+  CHECK(rows >= 1 && rows <= MaxRows());
+  const int bucket = BucketFor(rows);
   Places places;
   CudaWorkspace ws;
   Pieces pieces;
@@ -1208,6 +1283,7 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(const ProductSha
   RETURN_IF_ERROR(
       cuda_.ToDevice(device_products, described.data(), described.size() * sizeof(cuda::MatmulOp)));
   RETURN_IF_ERROR(cuda_.ToDevice(&ws.nodes->rows, &rows, sizeof(rows)));
+  ws.barriers = BarriersBefore(ops);
   ws.last_bucket = bucket;
   ws.last.ops = device_ops;
   ws.last.op_count = static_cast<int>(ops.size());

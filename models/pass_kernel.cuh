@@ -19,8 +19,7 @@ namespace canopy::cuda {
 enum class OpKind : int32_t {
   kEmbed,
   kMatmul,
-  kScanInputs,
-  kScanHeads,
+  kScan,
   kAttentionInputs,
   kAttendBlocks,
   kCombineBlocks,
@@ -28,17 +27,20 @@ enum class OpKind : int32_t {
   kGated,
   kSelect,
 };
-inline constexpr int kOpKinds = 10;
+inline constexpr int kOpKinds = 9;
 constexpr const char* Name(OpKind kind) {
-  constexpr const char* kNames[kOpKinds] = {
-      "embed",  "matmul",  "scan inputs", "scan heads",       "attention inputs",
-      "attend", "combine", "residual",    "gated activation", "select"};
+  constexpr const char* kNames[kOpKinds] = {"embed",  "matmul",  "scan",     "attention inputs",
+                                            "attend", "combine", "residual", "gated activation",
+                                            "select"};
   return kNames[static_cast<int>(kind)];
 }
 
 struct Op {
   OpKind kind = OpKind::kEmbed;
   int32_t layer = 0;
+  // Whether all blocks are to be done with it before any goes on; else its reader waits for each
+  // value that it reads, see kUnsent.
+  int32_t barrier = 1;
   EmbedOp embed;
   MatmulOp matmul;
   ScanOp scan;
@@ -63,10 +65,10 @@ struct PassArguments {
 
 // Dynamic shared memory that a block asks for: all there is less what the driver keeps. Behind the
 // fixed part, operators work; products have the ring of activations there, then their factors.
-template <typename T>
+template <typename T, int kRowTiles>
 struct SharedLayout {
-  static constexpr int kRing = kSlots<T> * kSlotBytes;
-  static constexpr int kBarriers = 384;  // and what else the roles tell each other
+  static constexpr int kRing = kSlots<T, kRowTiles> * kSlotBytes;
+  static constexpr int kBarriers = 512;  // and what else the roles tell each other
   static constexpr int kNodes = (sizeof(PassNodes) + 127) / 128 * 128;
   static constexpr int kOp = (sizeof(Op) + 127) / 128 * 128;
   static constexpr int kNodesAt = kRing + kBarriers;

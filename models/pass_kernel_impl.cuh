@@ -8,7 +8,7 @@ namespace canopy::cuda {
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ring& ring,
                                         uint32_t* finished, char* shared) {
-  using Layout = SharedLayout<T>;
+  using Layout = SharedLayout<T, kRowTiles>;
   // The operator at hand is in shared memory; the next one's words come while this one runs.
   constexpr int kOpWords = sizeof(Op) / 4;
   static_assert(sizeof(Op) % 4 == 0 && kOpWords <= kConsumers);
@@ -68,11 +68,8 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
                                     reinterpret_cast<RingPlace*>(finished + 4),
                                     reinterpret_cast<float*>(work + kActRingBytes));
         break;
-      case OpKind::kScanInputs:
-        ScanInputs<T, kRowTiles>(op.scan, nodes, store, work);
-        break;
-      case OpKind::kScanHeads:
-        ScanHeads<T, kRowTiles>(op.scan, nodes, store, work);
+      case OpKind::kScan:
+        Scan<T, kRowTiles>(op.scan, nodes, store, work);
         break;
       case OpKind::kAttentionInputs:
         AttentionInputs<T>(op.attention, nodes, store, work_floats);
@@ -93,14 +90,17 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
         Select(op.select, nodes);
         break;
     }
-    // The barrier of the whole grid. What this block wrote will be seen by others (bulk copies read
-    // it after a fence of their own thread), and bulk copies may write its shared memory.
+    // What this block wrote will be seen by others (bulk copies read it after a fence of their own
+    // thread), and bulk copies may write its shared memory.
+    const bool all_blocks = op.barrier != 0;
     FenceProxyAsyncShared();
     SyncThreads<kConsumers>();
-    barrier += gridDim.x;
+    if (all_blocks) barrier += gridDim.x;
     if (threadIdx.x == 0) {
-      AddRelease(arguments.counter, 1);
-      while (static_cast<int32_t>(LoadAcquire(arguments.counter) - barrier) < 0) {
+      if (all_blocks) {
+        AddRelease(arguments.counter, 1);
+        while (static_cast<int32_t>(LoadAcquire(arguments.counter) - barrier) < 0) {
+        }
       }
       StoreReleaseShared(finished, i + 1);
       if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
@@ -114,21 +114,21 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
 template <typename T, int kRowTiles>
 __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arguments) {
   extern __shared__ __align__(128) char shared[];
-  using Layout = SharedLayout<T>;
+  using Layout = SharedLayout<T, kRowTiles>;
   uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + Layout::kRing);
-  PartInfo* infos = reinterpret_cast<PartInfo*>(barriers + 24);
+  PartInfo* infos = reinterpret_cast<PartInfo*>(barriers + 36);
   uint32_t* finished = reinterpret_cast<uint32_t*>(infos + 8);  // operators, by the whole grid
   PassNodes* nodes = reinterpret_cast<PassNodes*>(shared + Layout::kNodesAt);
-  Ring ring = {shared,       shared + Layout::kFixed, infos,        barriers,
-               barriers + 8, barriers + 16,           barriers + 20};
-  static_assert(kSlots<T> <= 8 && kActSlots <= 4);
-  static_assert(24 * sizeof(uint64_t) + 8 * sizeof(PartInfo) + 16 + sizeof(RingPlace) <=
+  Ring ring = {shared,        shared + Layout::kFixed, infos,         barriers,
+               barriers + 20, barriers + 28,           barriers + 32, kSlots<T, kRowTiles>};
+  static_assert(kSlots<T, kRowTiles> * kPieces <= 20 && kSlots<T, kRowTiles> <= 8 &&
+                kActSlots <= 4);
+  static_assert(36 * sizeof(uint64_t) + 8 * sizeof(PartInfo) + 16 + sizeof(RingPlace) <=
                 Layout::kBarriers);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kSlots<T>; ++i) {
-      BarrierInit(&ring.weights_here[i], 1);
+    for (int i = 0; i < kSlots<T, kRowTiles> * kPieces; ++i) BarrierInit(&ring.weights_here[i], 1);
+    for (int i = 0; i < kSlots<T, kRowTiles>; ++i)
       BarrierInit(&ring.weights_empty[i], kConsumerWarps);
-    }
     for (int i = 0; i < kActSlots; ++i) {
       BarrierInit(&ring.acts_here[i], 1);
       BarrierInit(&ring.acts_empty[i], kConsumerWarps);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
       }
     } else if (threadIdx.x >= kConsumers + 64 && threadIdx.x < kConsumers + 96) {
       for (int i = 0; i < arguments.op_count; ++i) {
-        if (arguments.ops[i].kind != OpKind::kScanInputs) continue;
+        if (arguments.ops[i].kind != OpKind::kScan) continue;
         // One operator ahead.
         while (LoadAcquireShared(finished) + 1 < static_cast<uint32_t>(i)) {
         }

@@ -63,13 +63,13 @@ struct AttentionLayout {
 
 namespace canopy::cuda {
 
-// One warp a row and head. `work`: [kConsumerWarps][kMaxHeadDim] behind kMaxRows unused floats.
+// One warp a row and head. work: [kConsumerWarps][kMaxHeadDim].
 template <typename T>
 __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const PassNodes& nodes,
                                                 const LayerStore<T>& store, float* work) {
   constexpr int kAhead = 4;  // of 32 dimensions
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float* head_values = work + kMaxRows + warp * kMaxHeadDim;
+  float* head_values = work + warp * kMaxHeadDim;
   const int all_heads = op.heads + 2 * op.kv_heads;
 #pragma unroll 1
   for (int task = warp * gridDim.x + blockIdx.x; task < nodes.rows * all_heads;
@@ -90,6 +90,18 @@ __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const Pas
         sums[k].Load(op.partials, row, first + d, d < op.head_dim);
       }
       if (base == 0) factor = row_factor.Finish(op.norm, row);
+      bool unsent;
+      do {
+        unsent = false;
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) unsent |= sums[k].Unsent(splits[k]);
+        if (!unsent) break;
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+          const int d = base + k * 32 + lane;
+          sums[k].Load(op.partials, row, first + d, d < op.head_dim);
+        }
+      } while (unsent);
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
         const int d = base + k * 32 + lane;
@@ -256,8 +268,8 @@ __device__ __forceinline__ void Attend(const AttentionOp& op, const PassNodes& n
                    block) *
                       (dim + 2);
       if (lane == 0) {
-        StoreNew(to, most);
-        StoreNew(to + 1, total);
+        Send(to, most);
+        Send(to + 1, total);
       }
 #pragma unroll 1
       for (int d = lane * 2; d < dim; d += 64) {
@@ -289,7 +301,8 @@ __device__ __forceinline__ void Attend(const AttentionOp& op, const PassNodes& n
               k < stored_keys ? k : kKeysPerBlock + nodes.path[row][start + k - nodes.prefix];
           add(at, row_scores[k]);
         }
-        *reinterpret_cast<float2*>(to + 2 + d) = sum;
+        Send(to + 2 + d, sum.x);
+        Send(to + 3 + d, sum.y);
       }
     }
     if (task + gridDim.x < tasks) SyncThreads<kConsumers>();  // the shared memory is free
@@ -307,22 +320,46 @@ __device__ __forceinline__ void CombineBlocks(const AttentionOp& op, const PassN
     const int row = task / op.heads, head = task - row * op.heads;
     const int blocks = nodes.position[row] / kKeysPerBlock + 1;
     const int stride = op.padded_head + 2;
-    const float* from = nodes.attention + static_cast<int64_t>(task) * nodes.key_blocks * stride;
+    float* from = nodes.attention + static_cast<int64_t>(task) * nodes.key_blocks * stride;
     float most = -INFINITY;
 #pragma unroll 1
-    for (int b = lane; b < blocks; b += 32) most = fmaxf(most, LoadNew(from + b * stride));
+    for (int b = lane; b < blocks; b += 32) {
+      float of_block;
+      do {
+        of_block = LoadSent(from + b * stride);
+      } while (IsUnsent(of_block));
+      most = fmaxf(most, of_block);
+    }
     most = WarpMax(most);
 #pragma unroll 1
     for (int d = lane * 2; d < op.padded_head; d += 64) {
       float total = 0.0f;
       float2 sum = {0.0f, 0.0f};
-#pragma unroll 4
-      for (int b = 0; b < blocks; ++b) {
-        const float* at = from + b * stride;
-        const float factor = expf(LoadNew(at) - most);
-        total = fmaf(factor, LoadNew(at + 1), total);
-        sum.x = fmaf(factor, LoadNew(at + 2 + d), sum.x);
-        sum.y = fmaf(factor, LoadNew(at + 3 + d), sum.y);
+      constexpr int kAhead = 4;  // blocks
+#pragma unroll 1
+      for (int first = 0; first < blocks; first += kAhead) {
+        float at[kAhead][4];
+        bool unsent;
+        do {
+          unsent = false;
+#pragma unroll
+          for (int b = 0; b < kAhead; ++b) {
+            const float* block = from + (first + b) * stride;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              at[b][i] = LoadSent(i < 2 ? block + i : block + i + d, first + b < blocks);
+              unsent |= IsUnsent(at[b][i]);
+            }
+          }
+        } while (unsent);
+#pragma unroll
+        for (int b = 0; b < kAhead; ++b) {
+          if (first + b >= blocks) break;
+          const float factor = expf(at[b][0] - most);
+          total = fmaf(factor, at[b][1], total);
+          sum.x = fmaf(factor, at[b][2], sum.x);
+          sum.y = fmaf(factor, at[b][3], sum.y);
+        }
       }
       T* act = static_cast<T*>(op.act);
       const int column = head * op.head_dim + d;
@@ -333,6 +370,9 @@ __device__ __forceinline__ void CombineBlocks(const AttentionOp& op, const PassN
         act[ActIndex<T>(bucket_rows, row, column + 1)] = FromFloat<T>(__fdividef(sum.y, total));
       }
     }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < blocks * stride; i += 32) Unsend(from + i);
   }
 }
 

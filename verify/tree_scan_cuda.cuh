@@ -1,10 +1,10 @@
-// The tree scan of Mamba-2 on the device, two operators from in_proj's sums to out_proj's input.
+// The tree scan of Mamba-2 on the device, one operator from in_proj's sums to out_proj's input.
 // Formulas and exactness as in verify/tree_scan.h.
 //
-// 1. Inputs, a block a few columns for all nodes: convolution along ancestors and activation (x, B,
-//    C), dt, log decays.
-// 2. Heads, a block a slice of 64 dimensions of a head: scores C . B, the state term S C, the sum
-//    over the path, D skip, gate and the gated norm's weights.
+// Some blocks take a few columns of B, C and dt for all nodes, convolution along ancestors and
+// activation, and send them to the others. Those take a slice of 64 dimensions of a head: the same
+// for x, the log decays, scores C . B, the state term S C, the sum over the path, D skip,
+// gate and the gated norm's weights. Nobody waits for more than the numbers that he reads.
 //
 // Products whose sum does not run over positions (C . B over the state, S C) are tensor core
 // products of operands that hold every f32 bit; the sum over a path is one chain of fused
@@ -23,6 +23,8 @@
 
 namespace canopy::cuda {
 
+// Columns of in_proj's sums: z and x [heads][padded_head], B and C [groups][d_state], dt [heads].
+// Channels of the convolution are those of x, B and C.
 struct ScanOp {
   int heads = 0;
   int head_dim = 0;
@@ -32,56 +34,70 @@ struct ScanOp {
   int padded_d_state = 0;  // to a multiple of 32
   int slices = 0;          // of kSliceDims dimensions, of a head
   int taps = 0;            // kernel - 1
-  int columns = 0;         // channels that a block of the first operator takes at a time
-  Partials partials;       // z | x | B | C | dt
-  RowNorm norm;            // of in_proj's input
+  int channels = 0;        // padded to a multiple of 4
+  int sent_columns = 0;    // of B, C and dt, that a block takes at a time
+  Partials partials;
+  RowNorm norm;  // of in_proj's input
   const float* in_bias = nullptr;
-  const float* conv_weight = nullptr;  // [taps + 1][conv_stride]
-  int conv_stride = 0;
-  const float* conv_bias = nullptr;  // [channels]
-  const float* a = nullptr;          // [heads]
+  const float* conv_weight = nullptr;  // [taps + 1][channels]
+  const float* conv_bias = nullptr;    // [channels]
+  const float* a = nullptr;            // [heads]
   const float* d = nullptr;
   const float* dt_bias = nullptr;
   float dt_min = 0.0f;
   float dt_max = 0.0f;
-  const float* norm_weight = nullptr;  // [heads * head_dim]
+  const float* norm_weight = nullptr;  // [heads][padded_head]
   int norm_groups = 1;
   int group_columns = 0;  // of a norm group in act: padded to k-steps
-  // From the first operator to the second.
-  void* x = nullptr;         // T [kMaxRows][heads * padded_head]
-  void* c = nullptr;         // T [kMaxRows][groups * padded_d_state]
-  float* dt = nullptr;       // [kMaxRows][heads]
-  float* factors = nullptr;  // [kMaxRows], of in_proj's norm
-  void* act = nullptr;       // out_proj's input, before the norm's factor
+  // B, C and dt as they are sent, see kUnsent: [kMaxRows] rows of sent_bytes bytes, of T [2][groups
+  // * padded_d_state] and f32 [heads].
+  char* sent = nullptr;
+  int sent_bytes = 0;   // a multiple of 16
+  void* act = nullptr;  // out_proj's input, before the norm's factor
   // [kMaxRows][heads * slices * kSliceDims / kSquareDims]
   float* squares = nullptr;
 };
 
+template <typename T>
+CANOPY_HOST_DEVICE constexpr int SentBytes(int groups, int padded_d_state, int heads) {
+  return 2 * groups * padded_d_state * static_cast<int>(sizeof(T)) + PadTo(4, heads) * 4;
+}
+
 inline constexpr int kSliceDims = 64;
 inline constexpr int kSquareDims = 32;
-inline constexpr int kMostScanColumns = 120;
+inline constexpr int kMostScanColumns = 64;
 // Parts of the state whose terms are made by different warps.
 inline constexpr int kStateParts = kConsumerWarps / (kSliceDims / 16);
 // Floats between rows of weights and of state terms: vectors, and rows in different banks.
 inline constexpr int kWeightStride = kRing + 4;
 inline constexpr int kTermStride = kSliceDims + 4;
 
-// Shared memory of the second operator, in bytes, for buckets of `rows` rows. pending_u takes the
-// place of c once that is used up.
+// What comes of a slice's convolution before its inputs: weights, bias, inputs of the prefix.
+inline constexpr int kConvRows = (kMaxTaps + 1) + 1 + kMaxTaps;
+
+// Shared memory of the operator, in bytes, for buckets of `rows` rows. pending_u takes the place of
+// c once that is used up, terms that of the convolution's inputs. factors stand first, since they
+// are the same for all that a block does.
 template <typename T>
 struct ScanLayout {
-  int c, pending_u, ring_u, weights, terms, decay, end;
+  int factors, dt, decay, conv, c, pending_u, ring_u, weights, terms, raw, end;
 
   CANOPY_HOST_DEVICE ScanLayout(int rows, int padded_d_state) {
-    c = 0;
-    pending_u = 0;
+    factors = 0;
+    dt = factors + kMaxRows * 4;
+    decay = dt + kMaxRows * 4;
+    conv = decay + (kRing + kMaxRows) * 4;
+    c = conv + kConvRows * kSliceDims * 4;
+    pending_u = c;
     const int c_bytes = rows * RowStride<T>(padded_d_state) * static_cast<int>(sizeof(T));
     const int u_bytes = kMaxRows * kSliceDims * 4;
-    ring_u = c_bytes > u_bytes ? c_bytes : u_bytes;
+    ring_u = c + (c_bytes > u_bytes ? c_bytes : u_bytes);
     weights = ring_u + kRing * kSliceDims * 4;
     terms = weights + rows * kWeightStride * 4;
-    decay = terms + kStateParts * (rows < 32 ? rows : 32) * kTermStride * 4;
-    end = decay + (kRing + kMaxRows) * 4;
+    raw = terms;
+    const int terms_bytes = kStateParts * (rows < 32 ? rows : 32) * kTermStride * 4;
+    const int raw_bytes = rows * kMostScanColumns * 4;
+    end = terms + (terms_bytes > raw_bytes ? terms_bytes : raw_bytes);
   }
 };
 
@@ -93,150 +109,81 @@ struct ScanLayout {
 
 namespace canopy::cuda {
 
-// The first operator. The last warp takes dt and the decays, a head at a time, the others a few
-// channels of the convolution for all nodes.
-template <typename T, int kRowTiles>
+// B, C and dt of all nodes, `op.sent_columns` columns from `begin` on: into the store and to the
+// others.
+template <typename T>
 __device__ __forceinline__ void ScanInputs(const ScanOp& op, const PassNodes& nodes,
-                                           const LayerStore<T>& store, char* work) {
-  constexpr int kThreads = kConsumers - 32;              // of the convolution
-  constexpr int kBatch = kRowTiles < 4 ? kRowTiles : 3;  // rows a thread loads at a time
-  float* factor = reinterpret_cast<float*>(work);        // [kMaxRows]
-  float* dts = factor + kMaxRows;                        // [kMaxRows], of a head
-  float* raw = dts + kMaxRows;                           // [rows][op.columns]
-  const int inner = op.heads * op.head_dim;
-  const int channels = inner + 2 * op.groups * op.d_state;
-  const int rows = nodes.rows;
-  const int new_rows = kRing + nodes.first_pending;  // stored rows before those of this pass
-  const int tid = threadIdx.x;
-  const bool is_conv = tid < kThreads;
-  // A thread has one channel and every `step`-th row.
-  const int step = kThreads / op.columns;
-  const int first_row = tid / op.columns, column = tid - first_row * op.columns;
-  int begin = blockIdx.x * op.columns;  // channels
-  int head = blockIdx.x;
-#pragma unroll 1
-  for (bool first = true; begin < channels || head < op.heads || first; first = false) {
-    const int channel = begin + column;
-    const bool active = is_conv && first_row < step && channel < channels;
-    // What comes from memory is asked for before the norm's factors are made.
-    float weights[kMaxTaps + 1], first_inputs[kMaxTaps];
-    const float conv_bias = LoadWeight(op.conv_bias + channel, active);
-    const float in_bias = LoadWeight(op.in_bias + inner + channel, active && op.in_bias != nullptr);
-    const float* conv = store.conv + channel;
+                                           const LayerStore<T>& store, int begin,
+                                           const float* factors, float* raw) {
+  const int states = op.groups * op.d_state, b_width = op.groups * op.padded_d_state;
+  const int width = op.heads * op.padded_head;
+  const int rows = nodes.rows, columns = op.sent_columns;
+  // A thread has one column and every `step`-th row.
+  const int step = kConsumers / columns;
+  const int first_row = threadIdx.x / columns, own = threadIdx.x - first_row * columns;
+  const int column = begin + own, sum_column = 2 * width + column, channel = width + column;
+  const bool active = first_row < step && column < 2 * states + op.heads;
+  const bool is_dt = column >= 2 * states, in_conv = active && !is_dt;
+  float weights[kMaxTaps + 1], first_inputs[kMaxTaps];
+  const float* bias = is_dt ? op.dt_bias + (column - 2 * states) : op.conv_bias + channel;
+  const float own_bias = LoadWeight(bias, active);
+  const float in_bias = LoadWeight(op.in_bias + sum_column, active && op.in_bias != nullptr);
+  const float* conv = store.conv + channel;
 #pragma unroll
-    for (int m = 0; m <= kMaxTaps; ++m) {  // m positions before the node
-      weights[m] = LoadWeight(op.conv_weight + (op.taps - m) * op.conv_stride + channel,
-                              active && m <= op.taps);
-    }
+  for (int m = 0; m <= kMaxTaps; ++m) {  // m positions before the node
+    weights[m] =
+        LoadWeight(op.conv_weight + (op.taps - m) * op.channels + channel, in_conv && m <= op.taps);
+  }
 #pragma unroll
-    for (int m = 0; m < kMaxTaps; ++m) {
-      const int tap = first_row < rows ? nodes.taps[first_row][m] : -1;
-      first_inputs[m] = LoadNew(conv + (-2 - tap) * channels, active && tap <= -2);
-    }
-    const int splits = active ? Splits(op.partials, inner + channel) : 0;
+  for (int m = 0; m < kMaxTaps; ++m) {
+    const int tap = first_row < rows ? nodes.taps[first_row][m] : -1;
+    first_inputs[m] = LoadNew(conv + (-2 - tap) * op.channels, in_conv && tap <= -2);
+  }
+  const int splits = active ? Splits(op.partials, sum_column) : 0;
 #pragma unroll 1
-    for (int base = 0; base < rows; base += kBatch * step) {
-      Sum1<> sums[kBatch];
+  for (int row = first_row; active && row < rows; row += step) {
+    Sum1<> sum;
+    do {
+      sum.Load(op.partials, row, sum_column, true);
+    } while (sum.Unsent(splits));
+    const float value =
+        fmaf(factors[row], sum.Finish(op.partials, row, sum_column, splits), in_bias);
+    if (is_dt) {
+      const float v = value + own_bias;
+      const float soft = fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));
+      float* to = reinterpret_cast<float*>(op.sent + row * op.sent_bytes +
+                                           2 * b_width * static_cast<int>(sizeof(T)));
+      Send(to + (column - 2 * states), fminf(fmaxf(soft, op.dt_min), op.dt_max));
+    } else {
+      raw[row * columns + own] = value;
+      store.conv[(op.taps + nodes.first_pending + row) * op.channels + channel] = value;
+    }
+  }
+  SyncThreads<kConsumers>();
+  if (!in_conv) return;
+  const bool is_c = column >= states;
+  const int state = is_c ? column - states : column;
+  const int group = op.groups == 1 ? 0 : state / op.d_state, n = state - group * op.d_state;
+  const int at = group * op.padded_d_state + n;
+  // The last column sends the zeros behind it.
+  const int count = n + 1 < op.d_state ? 1 : op.padded_d_state - n;
+#pragma unroll 1
+  for (int row = first_row; row < rows; row += step) {
+    float sum = own_bias;
 #pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const int row = base + first_row + k * step;
-        sums[k].Load(op.partials, row, inner + channel, active && row < rows);
-      }
-      if (base == 0) {
-        if (first) {
-          RowFactors(op.norm, rows, factor);
-          SyncThreads<kConsumers>();
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const int row = base + first_row + k * step;
-        if (active && row < rows) {
-          const float value =
-              fmaf(factor[row], sums[k].Finish(op.partials, row, inner + channel, splits), in_bias);
-          raw[row * op.columns + column] = value;
-          store.conv[(op.taps + nodes.first_pending + row) * channels + channel] = value;
-        }
-      }
+    for (int m = kMaxTaps; m > 0; --m) {
+      const int tap = nodes.taps[row][m - 1];
+      float input = first_inputs[m - 1];
+      if (row != first_row) input = LoadNew(conv + (-2 - tap) * op.channels, tap <= -2);
+      if (tap >= 0) input = raw[tap * columns + own];
+      if (m <= op.taps) sum = fmaf(weights[m], input, sum);
     }
-    if (!is_conv && head < op.heads) {
-      const int lane = tid % 32, dt_column = inner + channels + head;
-      const float a = op.a[head];
-      const float dt_bias = op.dt_bias[head];
-      const float bias = LoadWeight(op.in_bias + dt_column, op.in_bias != nullptr);
-      const float last_decay =
-          LoadNew(store.l + (nodes.prefix - 1) % kRing * op.heads + head, nodes.prefix > 0);
+    const T y = FromFloat<T>(Silu(fmaf(weights[0], raw[row * columns + own], sum)));
+    T* to = reinterpret_cast<T*>(op.sent + row * op.sent_bytes) + (is_c ? b_width : 0) + at;
+    SendElement(to, y);
 #pragma unroll 1
-      for (int row = lane; row < rows; row += 32) {
-        const float v = fmaf(factor[row], Sum(op.partials, row, dt_column), bias) + dt_bias;
-        const float soft = fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));
-        const float dt = fminf(fmaxf(soft, op.dt_min), op.dt_max);
-        dts[row] = dt;
-        op.dt[row * op.heads + head] = dt;
-      }
-      __syncwarp();
-      // l along the path, from the start of the node's aligned segment.
-#pragma unroll 1
-      for (int row = lane; row < rows; row += 32) {
-        const int t = nodes.position[row];
-        const int segment = t / kSegment * kSegment;
-        float l = 0.0f;
-        int next = segment;  // position
-        if (segment < nodes.prefix) {
-          l = last_decay;
-          next = nodes.prefix;
-        }
-#pragma unroll 1
-        for (int p = next; p <= t; ++p) {
-          const int node = nodes.path[row][p - nodes.prefix];
-          // Of the earlier pending nodes the stored value is the sum so far.
-          if (node < nodes.first_pending) {
-            l = store.l[(kRing + node) * op.heads + head];
-          } else {
-            l = fmaf(dts[node - nodes.first_pending], a, p % kSegment == 0 ? 0.0f : l);
-          }
-        }
-        store.l[(new_rows + row) * op.heads + head] = l;
-      }
-      __syncwarp();
-      head += gridDim.x;
-    }
-    if (first && blockIdx.x == 0 && tid < rows) op.factors[tid] = factor[tid];
-    SyncThreads<kConsumers>();
-    if (active) {
-      const int states = op.groups * op.d_state;
-      // Where the result goes in a row, and how long such a row is.
-      T* to = static_cast<T*>(op.x);
-      int width = op.heads * op.padded_head, part = op.head_dim, padded = op.padded_head;
-      int at = channel;
-      if (channel >= inner) {
-        at -= inner;
-        width = op.groups * op.padded_d_state, part = op.d_state, padded = op.padded_d_state;
-        to = store.b + new_rows * width;
-        if (at >= states) {
-          at -= states;
-          to = static_cast<T*>(op.c);
-        }
-      }
-      to += padded == part ? at : at / part * padded + at % part;
-#pragma unroll 1
-      for (int row = first_row; row < rows; row += step) {
-        float sum = conv_bias;
-#pragma unroll
-        for (int m = kMaxTaps; m > 0; --m) {
-          const int tap = nodes.taps[row][m - 1];
-          float input = first_inputs[m - 1];
-          if (row != first_row && tap < 0) input = LoadNew(conv + (-2 - tap) * channels, tap <= -2);
-          if (tap >= 0) input = raw[tap * op.columns + column];
-          if (m <= op.taps) sum = fmaf(weights[m], input, sum);
-        }
-        sum = fmaf(weights[0], raw[row * op.columns + column], sum);
-        to[row * width] = FromFloat<T>(Silu(sum));
-      }
-    }
-    begin += gridDim.x * op.columns;
-    if (is_conv) head += gridDim.x;  // so that all threads leave together
-    if (begin < channels || head < op.heads) SyncThreads<kConsumers>();  // raw is free
+    for (int i = 1; i < count; ++i) SendElement(to + i, FromFloat<T>(0.0f));
+    if (!is_c) store.b[(kRing + nodes.first_pending + row) * b_width + at] = y;
   }
 }
 
@@ -302,10 +249,10 @@ struct Vector {
   }
 };
 
-// The second operator.
+// The operator.
 template <typename T, int kRowTiles>
-__device__ __forceinline__ void ScanHeads(const ScanOp& op, const PassNodes& nodes,
-                                          const LayerStore<T>& store, char* work) {
+__device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
+                                     const LayerStore<T>& store, char* work) {
   constexpr int kRows = 8 * kRowTiles;
   constexpr int kVec = kRows < 32 ? kRows / 8 : 4;    // dimensions of a thread
   constexpr int kRowThreads = kSliceDims / kVec;      // threads of a row
@@ -314,6 +261,10 @@ __device__ __forceinline__ void ScanHeads(const ScanOp& op, const PassNodes& nod
   constexpr int kTermRows = 8 * kTermTiles;
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, quad = lane % 4, octet = lane / 4;
   const ScanLayout<T> layout(kRows, op.padded_d_state);
+  float* factors = reinterpret_cast<float*>(work + layout.factors);  // of in_proj's norm
+  float* dts = reinterpret_cast<float*>(work + layout.dt);
+  float* conv = reinterpret_cast<float*>(work + layout.conv);
+  float* raw = reinterpret_cast<float*>(work + layout.raw);
   T* c = reinterpret_cast<T*>(work + layout.c);
   float* pending_u = reinterpret_cast<float*>(work + layout.pending_u);
   float* ring_u = reinterpret_cast<float*>(work + layout.ring_u);
@@ -329,39 +280,38 @@ __device__ __forceinline__ void ScanHeads(const ScanOp& op, const PassNodes& nod
   const auto stored_row = [&](int row, int position) {
     return position < prefix ? position % kRing : kRing + nodes.path[row][position - prefix];
   };
+  bool first = true;
+  const auto make_factors = [&] {
+    if (first) RowFactors(op.norm, rows, factors);
+    first = false;
+  };
+  // The last blocks begin with these, for there may be more blocks than slices of heads.
+  const int sent_columns = 2 * op.groups * op.d_state + op.heads;
+#pragma unroll 1
+  for (int begin = (gridDim.x - 1 - blockIdx.x) * op.sent_columns; begin < sent_columns;
+       begin += gridDim.x * op.sent_columns) {
+    make_factors();
+    SyncThreads<kConsumers>();
+    ScanInputs<T>(op, nodes, store, begin, factors, raw);
+    SyncThreads<kConsumers>();
+  }
 #pragma unroll 1
   for (int task = blockIdx.x; task < op.heads * op.slices; task += gridDim.x) {
     const int head = op.slices == 1 ? task : task / op.slices;
     const int first_dim = (task - head * op.slices) * kSliceDims;
     const int group = op.groups == 1 ? 0 : head / (op.heads / op.groups);
     const int dims = min(kSliceDims, op.head_dim - first_dim);
+    const int padded_dims = PadTo(4, dims);
     const int first_column = head * op.padded_head + first_dim;
 
-    // Everything comes at once: C and u of the prefix into shared memory, B and S as operands, the
-    // thread's own dimensions into registers.
+    // What earlier passes left comes first: u of the prefix into shared memory, S as operands.
     {
-      const T* from = static_cast<const T*>(op.c) + group * ds;
-      constexpr int kPer16 = 16 / sizeof(T);
-      const int vectors = ds / kPer16;
-#pragma unroll 1
-      for (int i = tid; i < rows * vectors; i += kConsumers) {
-        const int r = i / vectors, n = (i - r * vectors) * kPer16;
-        CopyAsync16(c + r * c_stride + n, from + r * b_width + n);
-      }
       const float* u_from = store.u + first_column;
 #pragma unroll 1
       for (int i = tid; i < kRing * (kSliceDims / 4); i += kConsumers) {
         const int r = i / (kSliceDims / 4), p = i % (kSliceDims / 4) * 4;
         if (p < dims) CopyAsync16(ring_u + r * kSliceDims + p, u_from + r * width + p);
       }
-    }
-    // Eight stored rows a warp.
-    const int stored = warp * 8 + octet;
-    const T* b_from = store.b + (stored * b_width + group * ds + quad * 8);
-    RowVector<T> b[kBlocksAhead];
-#pragma unroll
-    for (int i = 0; i < kBlocksAhead; ++i) {
-      b[i].LoadGlobal(b_from + i * 32, stored < end_rows && i * 32 < ds);
     }
     // 16 dimensions a warp, and a part of the states.
     const int p_tile = warp % (kSliceDims / 16), part = warp / (kSliceDims / 16);
@@ -376,34 +326,152 @@ __device__ __forceinline__ void ScanHeads(const ScanOp& op, const PassNodes& nod
     };
     load_state(nodes.first_checkpoint, part);
     const float decay_here =
-        LoadNew(store.l + (tid * op.heads + head), tid < end_rows);  // of stored row tid
-    // A thread's rows and its dimensions of them.
+        LoadNew(store.l + (tid * op.heads + head), tid < new_rows);  // of stored row tid
+    {
+      static_assert(kConvRows * kSliceDims == kConsumers);
+      const int r = tid / kSliceDims, p = tid % kSliceDims;
+      const float* from = op.conv_weight + (op.taps - r) * op.channels;
+      bool there = r <= op.taps;
+      if (r == kMaxTaps + 1) from = op.conv_bias, there = true;
+      if (r > kMaxTaps + 1) {
+        from = store.conv + (r - kMaxTaps - 2) * op.channels;
+        there = r - kMaxTaps - 2 < op.taps;
+      }
+      const float value = LoadNew(from + first_column + p, there && p < padded_dims);
+      make_factors();
+      conv[tid] = value;
+    }
+    if (tid < new_rows) decay[tid] = decay_here;
+    SyncThreads<kConsumers>();
+
+    // in_proj's sums: z and x of the thread's rows and dimensions.
     const int dim = tid % kRowThreads * kVec;
+    const int z_column = first_column + dim, x_column = width + z_column;
+    const bool has_dim = dim < padded_dims;
+    const int z_splits = has_dim ? Splits(op.partials, z_column) : 0;
+    const int x_splits = has_dim ? Splits(op.partials, x_column) : 0;
     int row_of[kOwn];
-    float dt[kOwn];
-    Vector<kVec> x[kOwn], gate[kOwn];
-    const int z_column = head * op.head_dim + first_dim + dim;
+    Vector<kVec> gate[kOwn];
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
       const int row = tid / kRowThreads + k * 32;
-      row_of[k] = row < rows && dim < dims ? row : -1;
+      row_of[k] = row < rows && has_dim ? row : -1;
       if (row_of[k] < 0) continue;
-      dt[k] = LoadNew(op.dt + row * op.heads + head);
-      x[k] = Vector<kVec>::LoadNew(static_cast<const T*>(op.x) + row * width + first_column + dim);
-      const float factor = LoadNew(op.factors + row);
-      Sum1<> z[kVec];
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) z[v].Load(op.partials, row, z_column + v, dim + v < dims);
+      SumVector<kVec> x, z;
+      do {
+        x.Load(op.partials, row, x_column, true);
+        z.Load(op.partials, row, z_column, true);
+      } while (x.Unsent(x_splits) || z.Unsent(z_splits));
+      const float factor = factors[row];
+      Vector<kVec> value;
+      x.Finish(op.partials, row, x_column, x_splits, value.v);
+      z.Finish(op.partials, row, z_column, z_splits, gate[k].v);
+      const bool with_bias = op.in_bias != nullptr;
 #pragma unroll
       for (int v = 0; v < kVec; ++v) {
-        const bool there = dim + v < dims;
-        const float bias = LoadWeight(op.in_bias + z_column + v, there && op.in_bias != nullptr);
-        const int splits = there ? Splits(op.partials, z_column + v) : 0;
+        value.v[v] = fmaf(factor, value.v[v], LoadWeight(op.in_bias + x_column + v, with_bias));
         gate[k].v[v] =
-            Silu(fmaf(factor, z[v].Finish(op.partials, row, z_column + v, splits), bias));
+            Silu(fmaf(factor, gate[k].v[v], LoadWeight(op.in_bias + z_column + v, with_bias)));
+      }
+      value.Store(raw + row * kTermStride + dim);
+      value.Store(store.conv + ((op.taps + nodes.first_pending + row) * op.channels + z_column));
+    }
+    SyncThreads<kConsumers>();
+
+    // Convolution along ancestors.
+    Vector<kVec> x[kOwn];
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+      const int row = row_of[k];
+      if (row < 0) continue;
+      Vector<kVec> sum = Vector<kVec>::Load(conv + (kMaxTaps + 1) * kSliceDims + dim);
+#pragma unroll
+      for (int m = kMaxTaps; m >= 0; --m) {
+        const int tap = m == 0 ? row : nodes.taps[row][m - 1], earlier = -2 - tap;
+        if (m > op.taps || tap == -1) continue;
+        const float* from = raw + tap * kTermStride;
+        if (tap < 0) {
+          from = earlier < op.taps ? conv + (kMaxTaps + 2 + earlier) * kSliceDims
+                                   : store.conv + (earlier * op.channels + first_column);
+        }
+        const Vector<kVec> input = Vector<kVec>::Load(from + dim);
+        const Vector<kVec> weight = Vector<kVec>::Load(conv + m * kSliceDims + dim);
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) sum.v[v] = fmaf(weight.v[v], input.v[v], sum.v[v]);
+      }
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) x[k].v[v] = Silu(sum.v[v]);
+    }
+    // dt, and log decays along the path from the start of the node's aligned segment, by one warp.
+    if (warp == kConsumerWarps - 1) {
+      const char* sent = op.sent + 2 * b_width * static_cast<int>(sizeof(T)) + head * 4;
+#pragma unroll 1
+      for (int row = lane; row < rows; row += 32) {
+        float dt;
+        do {
+          dt = LoadSent(reinterpret_cast<const float*>(sent + row * op.sent_bytes));
+        } while (IsUnsent(dt));
+        dts[row] = dt;
+      }
+      __syncwarp();
+      const float a = op.a[head];
+#pragma unroll 1
+      for (int row = lane; row < rows; row += 32) {
+        const int t = nodes.position[row];
+        const int segment = t / kSegment * kSegment;
+        float l = 0.0f;
+        int next = segment;  // position
+        if (segment < prefix) {
+          l = decay[(prefix - 1) % kRing];
+          next = prefix;
+        }
+#pragma unroll 1
+        for (int p = next; p <= t; ++p) {
+          const int node = nodes.path[row][p - prefix];
+          // Of the earlier pending nodes the stored value is the sum so far.
+          if (node < nodes.first_pending) {
+            l = decay[kRing + node];
+          } else {
+            l = fmaf(dts[node - nodes.first_pending], a, p % kSegment == 0 ? 0.0f : l);
+          }
+        }
+        decay[new_rows + row] = l;
+        if (first_dim == 0) store.l[(new_rows + row) * op.heads + head] = l;
       }
     }
-    if (tid < end_rows) decay[tid] = decay_here;
+    // B, eight stored rows a warp; C and the new nodes' B as other blocks send them.
+    const int stored = warp * 8 + octet;
+    const T* b_from = store.b + (stored * b_width + group * ds + quad * 8);
+    const char* b_sent = op.sent + (stored - new_rows) * op.sent_bytes +
+                         (group * ds + quad * 8) * static_cast<int>(sizeof(T));
+    const bool receives = stored >= new_rows && stored < end_rows;
+    RowVector<T> b[kBlocksAhead];
+    {
+#pragma unroll
+      for (int i = 0; i < kBlocksAhead; ++i) {
+        b[i].LoadGlobal(b_from + i * 32, stored < new_rows && i * 32 < ds);
+      }
+      const char* c_sent = op.sent + (b_width + group * ds) * static_cast<int>(sizeof(T));
+      constexpr int kPer16 = 16 / sizeof(T);
+      const int vectors = ds / kPer16;
+#pragma unroll 1
+      for (int i = tid; i == tid || i < rows * vectors; i += kConsumers) {
+        const int r = i / vectors, n = i - r * vectors;
+        uint4 v;
+        bool here;
+        do {
+          v = LoadSentBits(c_sent + r * op.sent_bytes + n * 16, r < rows);
+          here = !IsUnsent<T>(v);
+          if (receives && i == tid) {
+#pragma unroll
+            for (int k = 0; k < kBlocksAhead; ++k) {
+              if (k * 32 < ds) here &= b[k].Receive(reinterpret_cast<const T*>(b_sent) + k * 32);
+            }
+          }
+        } while (!here);
+        if (r < rows) *reinterpret_cast<uint4*>(c + r * c_stride + n * kPer16) = v;
+      }
+    }
     CopiesWait();
     SyncThreads<kConsumers>();
 
@@ -417,7 +485,13 @@ __device__ __forceinline__ void ScanHeads(const ScanOp& op, const PassNodes& nod
         for (int i = 0; i < kBlocksAhead; ++i) {
           const int n = first + i * 32;
           if (n >= ds) break;
-          if (first > 0) b[i].LoadGlobal(b_from + n, stored < end_rows);
+          if (first > 0) {
+            b[i].LoadGlobal(b_from + n, stored < new_rows);
+            if (stored >= new_rows && stored < end_rows) {
+              while (!b[i].Receive(reinterpret_cast<const T*>(b_sent) + n)) {
+              }
+            }
+          }
           FragmentB<T> second[2];
           SetSecond(second, b[i]);
 #pragma unroll
@@ -547,7 +621,9 @@ __device__ __forceinline__ void ScanHeads(const ScanOp& op, const PassNodes& nod
       if (row_of[k] < 0) continue;
       Vector<kVec> u;
 #pragma unroll
-      for (int v = 0; v < kVec; ++v) u.v[v] = dt[k] * (dim + v < dims ? x[k].v[v] : 0.0f);
+      for (int v = 0; v < kVec; ++v) {
+        u.v[v] = dts[row_of[k]] * (dim + v < dims ? x[k].v[v] : 0.0f);
+      }
       u.Store(pending_u + (nodes.first_pending + row_of[k]) * kSliceDims + dim);
       u.Store(store.u + (new_rows + row_of[k]) * width + first_column + dim);
     }
@@ -641,8 +717,6 @@ template <typename T>
 __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes,
                                     const LayerStore<T>& store) {
   const int lane = threadIdx.x % 32;
-  const int inner = op.heads * op.head_dim;
-  const int channels = inner + 2 * op.groups * op.d_state;
   const int ds = op.padded_d_state, width = op.heads * op.padded_head;
   // `count` rows of `bytes` bytes.
   const auto prefetch = [&](const void* base, int count, int64_t stride, int bytes) {
@@ -652,6 +726,11 @@ __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes,
       const int row = i / lines, offset = min((i - row * lines) * 128, bytes - 1);
       Prefetch(static_cast<const char*>(base) + row * stride + offset);
     }
+  };
+  const auto prefetch_conv = [&](int channel, int count) {
+    prefetch(store.conv + channel, op.taps, int64_t{op.channels} * 4, count * 4);
+    prefetch(op.conv_weight + channel, op.taps + 1, int64_t{op.channels} * 4, count * 4);
+    prefetch(op.conv_bias + channel, 1, 0, count * 4);
   };
 #pragma unroll 1
   for (int task = blockIdx.x; task < op.heads * op.slices; task += gridDim.x) {
@@ -666,21 +745,22 @@ __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes,
         prefetch(store.checkpoints[position / kSegment % 2] + tile, 1, 0, tile_bytes);
       }
     }
-    prefetch(store.u + head * op.padded_head + first_dim, kRing, int64_t{width} * 4, dims * 4);
+    const int channel = head * op.padded_head + first_dim;
+    prefetch(store.u + channel, kRing, int64_t{width} * 4, dims * 4);
     prefetch(store.l + head, kRing + nodes.first_pending, int64_t{op.heads} * 4, 4);
-    prefetch(op.norm_weight + head * op.head_dim + first_dim, 1, 0, dims * 4);
+    prefetch(op.norm_weight + channel, 1, 0, dims * 4);
+    prefetch_conv(channel, dims);
     // Rows of B, that all heads of a group read, are shared among the tasks.
     const int tasks = op.heads * op.slices;
     for (int r = task; r < kRing; r += tasks) {
       prefetch(store.b + r * op.groups * ds, 1, 0, op.groups * ds * static_cast<int>(sizeof(T)));
     }
   }
+  const int states = 2 * op.groups * op.d_state;
 #pragma unroll 1
-  for (int first = blockIdx.x * op.columns; first < channels; first += gridDim.x * op.columns) {
-    const int bytes = min(op.columns, channels - first) * 4;
-    prefetch(store.conv + first, op.taps, int64_t{channels} * 4, bytes);
-    prefetch(op.conv_weight + first, op.taps + 1, int64_t{op.conv_stride} * 4, bytes);
-    prefetch(op.conv_bias + first, 1, 0, bytes);
+  for (int begin = (gridDim.x - 1 - blockIdx.x) * op.sent_columns; begin < states;
+       begin += gridDim.x * op.sent_columns) {
+    prefetch_conv(width + begin, min(op.sent_columns, states - begin));
   }
 }
 

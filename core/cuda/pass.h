@@ -93,9 +93,9 @@ struct Selected {
 };
 
 // counts: how many splits a tile of 1 << tile_shift columns has, at most `most`. Splits that a tile
-// does not have are there to be read, but hold anything.
+// does not have may be read, but never come. Every sum has one reader, see kUnsent.
 struct Partials {
-  const float* data = nullptr;
+  float* data = nullptr;
   const uint8_t* counts = nullptr;
   int most = 0;
   int tile_shift = 0;

@@ -96,7 +96,7 @@ __device__ inline void FenceProxyAsyncShared() {
     float v;                                                                    \
     asm volatile(                                                               \
         "{\n .reg .pred p;\n setp.ne.s32 p, %2, 0;\n mov.f32 %0, 0f00000000;\n" \
-        " @p ld.global." how ".f32 %0, [%1];\n}"                                \
+        " @p ld" how ".f32 %0, [%1];\n}"                                        \
         : "=f"(v)                                                               \
         : "l"(at), "r"(static_cast<int>(there)));                               \
     return v;                                                                   \
@@ -107,23 +107,28 @@ __device__ inline void FenceProxyAsyncShared() {
         "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n mov.f32 %0, 0f00000000;\n" \
         " mov.f32 %1, 0f00000000;\n mov.f32 %2, 0f00000000;\n"                  \
         " mov.f32 %3, 0f00000000;\n"                                            \
-        " @p ld.global." how ".v4.f32 {%0, %1, %2, %3}, [%4];\n}"               \
+        " @p ld" how ".v4.f32 {%0, %1, %2, %3}, [%4];\n}"                       \
         : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)                            \
         : "l"(at), "r"(static_cast<int>(there)));                               \
     return v;                                                                   \
   }
-CANOPY_LOADS(LoadNew, "cg")
-CANOPY_LOADS(LoadWeight, "nc")  // of weights, which nobody writes
+#define CANOPY_LOAD_BITS(name, how)                                                         \
+  __device__ inline uint4 name(const void* at, bool there = true) {                         \
+    uint4 v;                                                                                \
+    asm volatile(                                                                           \
+        "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n mov.u32 %0, 0;\n mov.u32 %1, 0;\n"     \
+        " mov.u32 %2, 0;\n mov.u32 %3, 0;\n @p ld" how ".v4.u32 {%0, %1, %2, %3}, [%4];\n}" \
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)                                        \
+        : "l"(at), "r"(static_cast<int>(there)));                                           \
+    return v;                                                                               \
+  }
+CANOPY_LOADS(LoadNew, ".global.cg")
+CANOPY_LOADS(LoadWeight, ".global.nc")  // of weights, which nobody writes
+CANOPY_LOADS(LoadSent, ".relaxed.gpu.global")
+CANOPY_LOAD_BITS(LoadNewBits, ".global.cg")
+CANOPY_LOAD_BITS(LoadSentBits, ".relaxed.gpu.global")
 #undef CANOPY_LOADS
-__device__ inline uint4 LoadNewBits(const void* at, bool there = true) {
-  uint4 v;
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n mov.u32 %0, 0;\n mov.u32 %1, 0;\n"
-      " mov.u32 %2, 0;\n mov.u32 %3, 0;\n @p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(at), "r"(static_cast<int>(there)));
-  return v;
-}
+#undef CANOPY_LOAD_BITS
 // And stores of what they will read.
 __device__ inline void StoreNew(float* to, float v, bool there = true) {
   asm volatile(
@@ -137,6 +142,46 @@ __device__ inline void StoreNew4(float* to, float4 v, bool there = true) {
       " @p st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(static_cast<int>(there))
       : "memory");
+}
+
+// What is sent from block to block without a barrier in between: memory holds kUnsent where nothing
+// was written, and the one who reads a value (LoadSent until it is not kUnsent) puts kUnsent back
+// for the next time, before a barrier that comes before that. It is a number that is no result: as
+// f32 a NaN, and as two bf16, that arithmetic does not make; Send sees to that.
+inline constexpr uint32_t kUnsent = 0xffffffffu;
+__device__ inline bool IsUnsent(float v) { return __float_as_uint(v) == kUnsent; }
+__device__ inline bool IsUnsent(float4 v) {
+  return IsUnsent(v.x) || IsUnsent(v.y) || IsUnsent(v.z) || IsUnsent(v.w);
+}
+// Whether a part of a vector of T is not there yet.
+template <typename T>
+__device__ inline bool IsUnsent(const uint4& v) {
+  const auto word = [](uint32_t w) {
+    return sizeof(T) == 2 ? (w >> 16) == 0xffffu || (w & 0xffffu) == 0xffffu : w == kUnsent;
+  };
+  return word(v.x) || word(v.y) || word(v.z) || word(v.w);
+}
+__device__ inline void Send(float* to, float v, bool there = true) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.s32 p, %2, 0;\n @p st.relaxed.gpu.global.f32 [%0], %1;\n}" ::"l"(
+          to),
+      "f"(IsUnsent(v) ? __uint_as_float(0x7fffffffu) : v), "r"(static_cast<int>(there))
+      : "memory");
+}
+// The same of an element of a vector that is read as a whole.
+__device__ inline void SendElement(float* to, float v) { Send(to, v); }
+__device__ inline void SendElement(__nv_bfloat16* to, __nv_bfloat16 v) {
+  const unsigned short bits = __bfloat16_as_ushort(v);
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(to),
+               "h"(bits == 0xffff ? static_cast<unsigned short>(0x7fff) : bits)
+               : "memory");
+}
+__device__ inline void Unsend(float* at, bool there = true) {
+  StoreNew(at, __uint_as_float(kUnsent), there);
+}
+__device__ inline void Unsend4(float* at, bool there = true) {
+  const float v = __uint_as_float(kUnsent);
+  StoreNew4(at, make_float4(v, v, v, v), there);
 }
 
 // Registers a thread from here on, for all warps of a group of four.

@@ -29,8 +29,15 @@ namespace canopy::cuda {
 // bandwidth, while other operators run. Operators that are not products need the rest of the
 // shared memory; f32 ones more of it.
 inline constexpr int kSlotBytes = 32 << 10;
-template <typename T>
-inline constexpr int kSlots = sizeof(T) == 2 ? 4 : 2;
+template <typename T, int kRowTiles>
+inline constexpr int kSlots = sizeof(T) == 4   ? 2
+                              : kRowTiles == 1 ? 5
+                                               : 4;
+// A slot is filled in pieces.
+inline constexpr int kPieces = 4;
+inline constexpr int kPieceBytes = kSlotBytes / kPieces;
+// As many as memory's latency asks for; more only make everybody else wait.
+inline constexpr int kUnderWay = 5;
 inline constexpr int kActSlots = 4;
 inline constexpr int kActSlotBytes = 8 << 10;
 inline constexpr int kActRingBytes = kActSlots * kActSlotBytes;
@@ -55,6 +62,7 @@ struct MatmulOp {
   int tile_subs = 1;
   int k_steps = 0;
   int quantum = 1;       // runs begin and end at multiples of this, or at a tile's end
+  int columns = 0;       // outputs; sums of the last unit's others are not written
   int split_stride = 0;  // columns of a split; ld is that of all
   int ld = 0;
   int index = 0;  // of the operator in its pass
@@ -135,18 +143,18 @@ struct Ring {
   char* slots;
   char* act_slots;
   PartInfo* infos;
-  uint64_t* weights_here;
+  uint64_t* weights_here;  // of pieces
   uint64_t* weights_empty;
   uint64_t* acts_here;
   uint64_t* acts_empty;
+  int slot_count;
   int slot = 0, act_slot = 0;
   uint32_t phase = 0, act_phase = 0;
 
   __device__ char* weights() const { return slots + slot * kSlotBytes; }
   __device__ char* acts() const { return act_slots + act_slot * kActSlotBytes; }
-  template <typename T>
   __device__ void NextWeights() {
-    if (++slot == kSlots<T>) {
+    if (++slot == slot_count) {
       slot = 0;
       phase ^= 1;
     }
@@ -205,26 +213,35 @@ __device__ inline void ForParts(const MatmulOp& op, const F& task) {
   }
 }
 
-// One thread: streams the weights of this block's run.
+// One thread: streams the weights of this block's run, kUnderWay pieces at a time.
 template <typename T>
 __device__ inline void StreamWeights(const MatmulOp& op, Ring& ring, uint64_t policy) {
   ForParts<T>(op, [&](const PartInfo& part, int, int64_t offset) {
     const char* from = static_cast<const char*>(op.weights) + offset;
     const int most = SlotSteps<T>(part.subs);
-    int left = part.steps;
+    int steps_left = part.steps;
     do {
-      const int steps = min(left, most);
-      const uint32_t bytes = steps * part.subs * kUnitBytes<T>;
+      const int steps = min(steps_left, most);
+      int left = steps * part.subs * kUnitBytes<T>;
       BarrierWait(&ring.weights_empty[ring.slot], ring.phase ^ 1);
       ring.infos[ring.slot] = part;
-      BarrierExpect(&ring.weights_here[ring.slot], bytes);
-      if (bytes > 0) {
-        BulkCopy(ring.weights(), from, bytes, &ring.weights_here[ring.slot], policy);
+#pragma unroll 1
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int here = ring.slot * kPieces + piece, before = here - kUnderWay;
+        BarrierWait(&ring.weights_here[before < 0 ? before + ring.slot_count * kPieces : before],
+                    before < 0 ? ring.phase ^ 1 : ring.phase);
+        const int bytes = min(max(left, 0), kPieceBytes);
+        BarrierExpect(&ring.weights_here[here], bytes);
+        if (bytes > 0) {
+          BulkCopy(ring.weights() + piece * kPieceBytes, from, bytes, &ring.weights_here[here],
+                   policy);
+        }
+        from += bytes;
+        left -= bytes;
       }
-      from += bytes;
-      left -= steps;
-      ring.NextWeights<T>();
-    } while (left > 0);
+      steps_left -= steps;
+      ring.NextWeights();
+    } while (steps_left > 0);
   });
 }
 
@@ -401,7 +418,10 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
   int left = 0, acts_left = 0, most = 0, subs = 0;
   bool end = idle;
   while (!end) {
-    BarrierWait(&ring.weights_here[ring.slot], ring.phase);
+#pragma unroll 1
+    for (int piece = 0; piece < kPieces; ++piece) {
+      BarrierWait(&ring.weights_here[ring.slot * kPieces + piece], ring.phase);
+    }
     bool fresh = left == 0;
     if (fresh) {
       part = ring.infos[ring.slot];
@@ -434,7 +454,7 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
       }
     } while (in_slot > 0);
     if (lane == 0) BarrierArrive(&ring.weights_empty[ring.slot], arrivals);
-    ring.NextWeights<T>();
+    ring.NextWeights();
     if (left > 0) continue;
     end = uniform(int{part.end}) != 0;
     if (sub >= subs || part.steps == 0) continue;
@@ -448,8 +468,8 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
       }
     }
     if (!part.last) continue;
-    float* out = op.out + (part.split * op.split_stride + part.column + warp * 16 + lane / 4) +
-                 lane % 4 * 2 * op.ld;
+    const int column = part.column + warp * 16 + lane / 4;
+    float* out = op.out + (part.split * op.split_stride + column) + lane % 4 * 2 * op.ld;
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
       if (n * 8 >= rows) break;
@@ -458,8 +478,9 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
         const bool there = n * 8 + lane % 4 * 2 + c < rows;
         const float factor = with_norm && !grouped ? group_factors[n * 8 + c] : 1.0f;
         float* to = out + (n * 8 + c) * op.ld;
-        StoreNew(to, grouped ? totals[n][c] : factor * sums[n][c], there);
-        StoreNew(to + 8, grouped ? totals[n][2 + c] : factor * sums[n][2 + c], there);
+        Send(to, grouped ? totals[n][c] : factor * sums[n][c], there && column < op.columns);
+        Send(to + 8, grouped ? totals[n][2 + c] : factor * sums[n][2 + c],
+             there && column + 8 < op.columns);
       }
     }
   }

@@ -29,7 +29,8 @@ struct EmbedOp {
   NormInput next;
 };
 
-// x += factor * partials + bias
+// x += factor * partials + bias. And what the blocks of a scan sent to each other is made ready for
+// the next one.
 struct ResidualOp {
   Partials partials;
   RowNorm norm;  // of the product's input, in one group
@@ -38,6 +39,8 @@ struct ResidualOp {
   int columns = 0;
   int k_steps = 0;
   NormInput next;
+  uint4* unsend = nullptr;  // null: nothing
+  int unsend_row = 0;       // vectors of a row
 };
 
 // act = T(activation(factor * gate + bias) * (factor * up + bias))
@@ -76,8 +79,8 @@ __device__ inline int Splits(const Partials& p, int column) {
   return __ldg(p.counts + (column >> p.tile_shift));
 }
 
-// A column of a row, from its splits in order. Loads first, of as many splits as any column has, so
-// as not to wait for their number.
+// A column of a row, from its splits in order, once they are there. Loads first, of as many splits
+// as any column has, so as not to wait for their number.
 template <int kAhead = 3>
 struct Sum1 {
   float v[kAhead];
@@ -86,26 +89,111 @@ struct Sum1 {
     const float* at = p.data + (row * p.ld + column);
     const int most = there ? p.most : 0;
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) v[k] = LoadNew(at + k * p.split_stride, k < most);
+    for (int k = 0; k < kAhead; ++k) v[k] = LoadSent(at + k * p.split_stride, k < most);
+  }
+  // Whether one of the first `splits` is not there: then Load is to be called again.
+  __device__ bool Unsent(int splits) const {
+    bool unsent = false;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) unsent |= k < splits && IsUnsent(v[k]);
+    return unsent;
   }
   __device__ float Finish(const Partials& p, int row, int column, int splits) const {
+    float* at = p.data + (row * p.ld + column);
     float sum = v[0];
 #pragma unroll
     for (int k = 1; k < kAhead; ++k) sum = k < splits ? sum + v[k] : sum;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) Unsend(at + k * p.split_stride, k < splits);
 #pragma unroll 1
     for (int k = kAhead; k < splits; ++k) {
-      sum += LoadNew(p.data + (row * p.ld + k * p.split_stride + column));
+      float next;
+      do {
+        next = LoadSent(at + k * p.split_stride);
+      } while (IsUnsent(next));
+      sum += next;
+      Unsend(at + k * p.split_stride);
     }
     return sum;
   }
 };
+
+// kCount columns of a row that begin at a multiple of kCount.
+template <int kCount>
+struct SumVector {
+  static constexpr int kAhead = 3;
+  float v[kAhead][kCount];
+
+  __device__ static void LoadAt(float (&v)[kCount], const float* at, bool there) {
+    if constexpr (kCount == 4) {
+      const float4 q = LoadSent4(at, there);
+      v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) v[i] = LoadSent(at + i, there);
+    }
+  }
+  __device__ static void UnsendAt(float* at, bool there) {
+    if constexpr (kCount == 4) {
+      Unsend4(at, there);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) Unsend(at + i, there);
+    }
+  }
+  __device__ static bool Unsent(const float (&v)[kCount]) {
+    bool unsent = false;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) unsent |= IsUnsent(v[i]);
+    return unsent;
+  }
+
+  __device__ void Load(const Partials& p, int row, int column, bool there) {
+    const float* at = p.data + (row * p.ld + column);
+    const int most = there ? p.most : 0;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) LoadAt(v[k], at + k * p.split_stride, k < most);
+  }
+  __device__ bool Unsent(int splits) const {
+    bool unsent = false;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) unsent |= k < splits && Unsent(v[k]);
+    return unsent;
+  }
+  __device__ void Finish(const Partials& p, int row, int column, int splits,
+                         float (&sum)[kCount]) const {
+    float* at = p.data + (row * p.ld + column);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      sum[i] = v[0][i];
+#pragma unroll
+      for (int k = 1; k < kAhead; ++k) sum[i] = k < splits ? sum[i] + v[k][i] : sum[i];
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) UnsendAt(at + k * p.split_stride, k < splits);
+#pragma unroll 1
+    for (int k = kAhead; k < splits; ++k) {
+      float next[kCount];
+      do {
+        LoadAt(next, at + k * p.split_stride, true);
+      } while (Unsent(next));
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sum[i] += next[i];
+      UnsendAt(at + k * p.split_stride, true);
+    }
+  }
+};
+
 __device__ inline float Sum(const Partials& p, int row, int column) {
+  const int splits = Splits(p, column);
   Sum1<> sum;
-  sum.Load(p, row, column, true);
-  return sum.Finish(p, row, column, Splits(p, column));
+  do {
+    sum.Load(p, row, column, true);
+  } while (sum.Unsent(splits));
+  return sum.Finish(p, row, column, splits);
 }
 
-// Four columns.
+// Four columns, of which `valid` are there.
 template <int kAhead>
 struct Sum4 {
   float4 v[kAhead];
@@ -114,9 +202,20 @@ struct Sum4 {
     const float* at = p.data + (row * p.ld + column);
     const int most = there ? p.most : 0;
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) v[k] = LoadNew4(at + k * p.split_stride, k < most);
+    for (int k = 0; k < kAhead; ++k) v[k] = LoadSent4(at + k * p.split_stride, k < most);
   }
-  __device__ float4 Finish(const Partials& p, int row, int column, int splits) const {
+  __device__ static bool Unsent(const float4& v, int valid) {
+    return (valid > 0 && IsUnsent(v.x)) || (valid > 1 && IsUnsent(v.y)) ||
+           (valid > 2 && IsUnsent(v.z)) || (valid > 3 && IsUnsent(v.w));
+  }
+  __device__ bool Unsent(int splits, int valid) const {
+    bool unsent = false;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) unsent |= k < splits && Unsent(v[k], valid);
+    return unsent;
+  }
+  __device__ float4 Finish(const Partials& p, int row, int column, int splits, int valid) const {
+    float* at = p.data + (row * p.ld + column);
     float4 sum = v[0];
     const auto add = [&](const float4& next) {
       sum = make_float4(sum.x + next.x, sum.y + next.y, sum.z + next.z, sum.w + next.w);
@@ -125,9 +224,20 @@ struct Sum4 {
     for (int k = 1; k < kAhead; ++k) {
       if (k < splits) add(v[k]);
     }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) Unsend4(at + k * p.split_stride, k < splits);
 #pragma unroll 1
     for (int k = kAhead; k < splits; ++k) {
-      add(LoadNew4(p.data + (row * p.ld + k * p.split_stride + column)));
+      float4 next;
+      do {
+        next = LoadSent4(at + k * p.split_stride);
+      } while (Unsent(next, valid));
+      add(next);
+      Unsend4(at + k * p.split_stride);
+    }
+    if (valid < 4) {
+      sum = make_float4(valid > 0 ? sum.x : 0.0f, valid > 1 ? sum.y : 0.0f,
+                        valid > 2 ? sum.z : 0.0f, 0.0f);
     }
     return sum;
   }
@@ -197,18 +307,27 @@ template <typename T>
 __device__ __forceinline__ void Residual(const ResidualOp& shared_op, const PassNodes& nodes,
                                          int bucket_rows) {
   const ResidualOp op = shared_op;
+  if (op.unsend != nullptr) {
+#pragma unroll 1
+    for (int i = blockIdx.x * kConsumers + threadIdx.x; i < nodes.rows * op.unsend_row;
+         i += gridDim.x * kConsumers) {
+      __stcg(op.unsend + i, make_uint4(kUnsent, kUnsent, kUnsent, kUnsent));
+    }
+  }
   ForGranules(nodes.rows, op.k_steps, [&](int row, int column, bool active) {
     float* at = op.x + row * op.k_steps * 16 + column;
-    const int splits = active ? Splits(op.partials, column) : 0;
+    const int splits = active && column < op.columns ? Splits(op.partials, column) : 0;
     float4 x = LoadNew4(at, active);
     const float4 w = LoadWeight4(op.next.weight + column, active);
     const float4 bias = LoadWeight4(op.bias + column, active && op.bias != nullptr);
     RowFactor row_factor;
     row_factor.Load(op.norm, row);
+    const int valid = min(4, op.columns - column);
     Sum4<8> partials;
-    partials.Load(op.partials, row, column, active);
+    partials.Load(op.partials, row, column, active && valid > 0);
     const float f = row_factor.Finish(op.norm, row);
-    const float4 sum = partials.Finish(op.partials, row, column, splits);
+    while (partials.Unsent(splits, valid)) partials.Load(op.partials, row, column, true);
+    const float4 sum = partials.Finish(op.partials, row, column, splits, valid);
     x = make_float4(fmaf(f, sum.x, x.x) + bias.x, fmaf(f, sum.y, x.y) + bias.y,
                     fmaf(f, sum.z, x.z) + bias.z, fmaf(f, sum.w, x.w) + bias.w);
     StoreNew4(at, x, active);
@@ -249,10 +368,12 @@ __device__ __forceinline__ void Gated(const GatedOp& shared_op, const PassNodes&
       const int gate_splits = there ? Splits(op.partials, column) : 0;
       const int up_splits = there ? Splits(op.partials, up_column) : 0;
       Sum4<3> gates, ups;
-      gates.Load(op.partials, row, column, there);
-      ups.Load(op.partials, row, up_column, there);
-      gate = gates.Finish(op.partials, row, column, gate_splits);
-      up = ups.Finish(op.partials, row, up_column, up_splits);
+      do {
+        gates.Load(op.partials, row, column, there);
+        ups.Load(op.partials, row, up_column, there);
+      } while (gates.Unsent(gate_splits, 4) || ups.Unsent(up_splits, 4));
+      gate = gates.Finish(op.partials, row, column, gate_splits, 4);
+      up = ups.Finish(op.partials, row, up_column, up_splits, 4);
     } else {
 #pragma unroll 1
       for (int i = 0; i < min(4, op.columns - column); ++i) {
