@@ -788,7 +788,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                               const float* bias, const float* next) -> cuda::ResidualOp& {
       cuda::Op op;
       op.kind = cuda::OpKind::kResidual;
-      op.residual = {sums, norm, bias, at.x, hidden, hidden_steps_, next_input(next)};
+      op.norm = norm;
+      op.residual = {sums, bias, at.x, hidden, hidden_steps_, next_input(next)};
       ops.push_back(op);
       return ops.back().residual;
     };
@@ -804,7 +805,6 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                       layer.node_group[bucket],
                       attention->scale,
                       in,
-                      hidden_norm(block.norm.eps),
                       layer.in_bias,
                       layer.q_norm,
                       layer.k_norm,
@@ -817,6 +817,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                                       cuda::OpKind::kCombineBlocks}) {
         op.kind = kind;
         op.barrier = kind != cuda::OpKind::kAttendBlocks;
+        op.norm =
+            kind == cuda::OpKind::kAttentionInputs ? hidden_norm(block.norm.eps) : cuda::RowNorm{};
         ops.push_back(op);
       }
     } else {
@@ -825,7 +827,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       op.layer = static_cast<int>(i);
       op.scan = layer.scan;
       op.scan.partials = in;
-      op.scan.norm = hidden_norm(block.norm.eps);
+      op.norm = hidden_norm(block.norm.eps);
       op.scan.act = at.act_mixed[bucket];
       op.scan.squares = at.scan_squares;
       op.scan.sent = at.scan_sent;
@@ -850,8 +852,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       const cuda::Partials middle = matmul(layer.gate_up, at.act_hidden[bucket], at.partials, {});
       cuda::Op op;
       op.kind = cuda::OpKind::kGated;
+      op.norm = hidden_norm(block.mlp_norm->eps);
       op.gated = {middle,
-                  hidden_norm(block.mlp_norm->eps),
                   layer.gate_up_bias,
                   static_cast<int>(block.mlp->activation),
                   block.mlp->intermediate,

@@ -41,6 +41,8 @@ struct Op {
   // Whether all blocks are to be done with it before any goes on; else its reader waits for each
   // value that it reads, see kUnsent.
   int32_t barrier = 1;
+  // Of the input of the product before it, whose sums it reads; see HelpRowFactors.
+  RowNorm norm;
   EmbedOp embed;
   MatmulOp matmul;
   ScanOp scan;
@@ -74,7 +76,8 @@ struct SharedLayout {
   static constexpr int kNodesAt = kRing + kBarriers;
   static constexpr int kOpAt = kNodesAt + kNodes;
   static constexpr int kStoreAt = kOpAt + kOp;
-  static constexpr int kFixed = kStoreAt + 128;
+  static constexpr int kFactorsAt = kStoreAt + 128;
+  static constexpr int kFixed = kFactorsAt + kMaxRows * 4;
 };
 
 // rows: of the bucket, 8, 16, 32 or 64. shared_bytes: all that a block may have.

@@ -4,10 +4,13 @@
 
 namespace canopy::cuda {
 
+// Warps that help: with what a reader of sums needs besides.
+inline constexpr int kHelpers = 2;
+
 // What the computing warps do.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ring& ring,
-                                        uint32_t* finished, char* shared) {
+                                        uint32_t* finished, const uint32_t* helped, char* shared) {
   using Layout = SharedLayout<T, kRowTiles>;
   // The operator at hand is in shared memory; the next one's words come while this one runs.
   constexpr int kOpWords = sizeof(Op) / 4;
@@ -59,6 +62,13 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
     const LayerStore<T>& store = *reinterpret_cast<const LayerStore<T>*>(shared + Layout::kStoreAt);
     char* work = shared + Layout::kFixed;
     float* work_floats = reinterpret_cast<float*>(work);
+    const float* factors = reinterpret_cast<const float*>(shared + Layout::kFactorsAt);
+    if (op.kind != OpKind::kMatmul) {
+      for (int warp = 0; warp < kHelpers; ++warp) {
+        while (LoadAcquireShared(helped + warp) <= static_cast<uint32_t>(i)) {
+        }
+      }
+    }
     switch (op.kind) {
       case OpKind::kEmbed:
         Embed<T>(op.embed, nodes, kBucket);
@@ -69,10 +79,10 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
                                     reinterpret_cast<float*>(work + kActRingBytes));
         break;
       case OpKind::kScan:
-        Scan<T, kRowTiles>(op.scan, nodes, store, work);
+        Scan<T, kRowTiles>(op.scan, nodes, store, factors, work);
         break;
       case OpKind::kAttentionInputs:
-        AttentionInputs<T>(op.attention, nodes, store, work_floats);
+        AttentionInputs<T>(op.attention, nodes, store, factors, work_floats);
         break;
       case OpKind::kAttendBlocks:
         Attend<T>(op.attention, nodes, store, work);
@@ -81,10 +91,10 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
         CombineBlocks<T>(op.attention, nodes, kBucket);
         break;
       case OpKind::kResidual:
-        Residual<T>(op.residual, nodes, kBucket);
+        Residual<T>(op.residual, nodes, factors, kBucket);
         break;
       case OpKind::kGated:
-        Gated<T>(op.gated, nodes, kBucket);
+        Gated<T>(op.gated, nodes, factors, kBucket);
         break;
       case OpKind::kSelect:
         Select(op.select, nodes);
@@ -117,7 +127,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
   using Layout = SharedLayout<T, kRowTiles>;
   uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + Layout::kRing);
   PartInfo* infos = reinterpret_cast<PartInfo*>(barriers + 36);
-  uint32_t* finished = reinterpret_cast<uint32_t*>(infos + 8);  // operators, by the whole grid
+  uint32_t* finished = reinterpret_cast<uint32_t*>(infos + 8);  // operators
+  uint32_t* helped = finished + 1;                              // operators, by each helper
   PassNodes* nodes = reinterpret_cast<PassNodes*>(shared + Layout::kNodesAt);
   Ring ring = {shared,        shared + Layout::kFixed, infos,         barriers,
                barriers + 20, barriers + 28,           barriers + 32, kSlots<T, kRowTiles>};
@@ -134,6 +145,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
       BarrierInit(&ring.acts_empty[i], kConsumerWarps);
     }
     *finished = 0;
+    for (int i = 0; i < kHelpers; ++i) helped[i] = 0;
     *reinterpret_cast<RingPlace*>(finished + 4) = {};
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     FenceProxyAsync();
@@ -167,19 +179,30 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
         });
         op = next;
       }
-    } else if (threadIdx.x >= kConsumers + 64 && threadIdx.x < kConsumers + 96) {
+    } else if (threadIdx.x >= kConsumers + 64) {
+      const int helper = threadIdx.x / 32 - kConsumerWarps - 2;
+      float* factors = reinterpret_cast<float*>(shared + Layout::kFactorsAt);
       for (int i = 0; i < arguments.op_count; ++i) {
-        if (arguments.ops[i].kind != OpKind::kScan) continue;
-        // One operator ahead.
+        const OpKind kind = arguments.ops[i].kind;
+        if (kind == OpKind::kMatmul) continue;
+        const RowNorm norm = arguments.ops[i].norm;
+        // While the product before it runs.
         while (LoadAcquireShared(finished) + 1 < static_cast<uint32_t>(i)) {
         }
-        PrefetchScan<T>(arguments.ops[i].scan, *nodes,
-                        static_cast<const LayerStore<T>*>(nodes->layers)[arguments.ops[i].layer]);
+        if (norm.squares != nullptr || kind == OpKind::kResidual) {
+          HelpRowFactors(norm, nodes->rows, helper, kHelpers, factors);
+        }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) StoreReleaseShared(helped + helper, i + 1);
+        if (kind == OpKind::kScan && helper == 0) {
+          PrefetchScan<T>(arguments.ops[i].scan, *nodes,
+                          static_cast<const LayerStore<T>*>(nodes->layers)[arguments.ops[i].layer]);
+        }
       }
     }
   } else {
     RaiseRegisters<104>();
-    Consume<T, kRowTiles>(arguments, ring, finished, shared);
+    Consume<T, kRowTiles>(arguments, ring, finished, helped, shared);
   }
 }
 

@@ -31,7 +31,6 @@ struct AttentionOp {
   int node_group = 0;   // nodes that a block takes at a time
   float scale = 0.0f;
   Partials partials;  // q | k | v
-  RowNorm norm;       // of the product's input
   const float* bias = nullptr;
   const float* q_norm = nullptr;  // [head_dim]
   const float* k_norm = nullptr;
@@ -66,7 +65,8 @@ namespace canopy::cuda {
 // One warp a row and head. work: [kConsumerWarps][kMaxHeadDim].
 template <typename T>
 __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const PassNodes& nodes,
-                                                const LayerStore<T>& store, float* work) {
+                                                const LayerStore<T>& store, const float* factors,
+                                                float* work) {
   constexpr int kAhead = 4;  // of 32 dimensions
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float* head_values = work + warp * kMaxHeadDim;
@@ -76,9 +76,8 @@ __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const Pas
        task += kConsumerWarps * gridDim.x) {
     const int row = task / all_heads, head = task - row * all_heads;
     const int first = head * op.head_dim;
-    RowFactor row_factor;
-    row_factor.Load(op.norm, row);
-    float squares = 0.0f, factor = 0.0f;
+    const float factor = factors[row];
+    float squares = 0.0f;
 #pragma unroll 1
     for (int base = 0; base < op.head_dim; base += 32 * kAhead) {
       Sum1<> sums[kAhead];
@@ -89,7 +88,6 @@ __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const Pas
         splits[k] = d < op.head_dim ? Splits(op.partials, first + d) : 0;
         sums[k].Load(op.partials, row, first + d, d < op.head_dim);
       }
-      if (base == 0) factor = row_factor.Finish(op.norm, row);
       bool unsent;
       do {
         unsent = false;

@@ -37,7 +37,6 @@ struct ScanOp {
   int channels = 0;        // padded to a multiple of 4
   int sent_columns = 0;    // of B, C and dt, that a block takes at a time
   Partials partials;
-  RowNorm norm;  // of in_proj's input
   const float* in_bias = nullptr;
   const float* conv_weight = nullptr;  // [taps + 1][channels]
   const float* conv_bias = nullptr;    // [channels]
@@ -72,22 +71,22 @@ inline constexpr int kStateParts = kConsumerWarps / (kSliceDims / 16);
 inline constexpr int kWeightStride = kRing + 4;
 inline constexpr int kTermStride = kSliceDims + 4;
 
-// What comes of a slice's convolution before its inputs: weights, bias, inputs of the prefix.
+// What a slice needs of the convolution before its inputs: weights, bias, inputs of the prefix.
+// Then the norm's weights, and D.
 inline constexpr int kConvRows = (kMaxTaps + 1) + 1 + kMaxTaps;
+inline constexpr int kStagedFloats = (kConvRows + 1) * kSliceDims + 4;
 
 // Shared memory of the operator, in bytes, for buckets of `rows` rows. pending_u takes the place of
-// c once that is used up, terms that of the convolution's inputs. factors stand first, since they
-// are the same for all that a block does.
+// c once that is used up, terms that of the convolution's inputs.
 template <typename T>
 struct ScanLayout {
-  int factors, dt, decay, conv, c, pending_u, ring_u, weights, terms, raw, end;
+  int dt, decay, conv, c, pending_u, ring_u, weights, terms, raw, end;
 
   CANOPY_HOST_DEVICE ScanLayout(int rows, int padded_d_state) {
-    factors = 0;
-    dt = factors + kMaxRows * 4;
+    dt = 0;
     decay = dt + kMaxRows * 4;
     conv = decay + (kRing + kMaxRows) * 4;
-    c = conv + kConvRows * kSliceDims * 4;
+    c = conv + kStagedFloats * 4;
     pending_u = c;
     const int c_bytes = rows * RowStride<T>(padded_d_state) * static_cast<int>(sizeof(T));
     const int u_bytes = kMaxRows * kSliceDims * 4;
@@ -252,7 +251,7 @@ struct Vector {
 // The operator.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
-                                     const LayerStore<T>& store, char* work) {
+                                     const LayerStore<T>& store, const float* factors, char* work) {
   constexpr int kRows = 8 * kRowTiles;
   constexpr int kVec = kRows < 32 ? kRows / 8 : 4;    // dimensions of a thread
   constexpr int kRowThreads = kSliceDims / kVec;      // threads of a row
@@ -261,7 +260,6 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
   constexpr int kTermRows = 8 * kTermTiles;
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, quad = lane % 4, octet = lane / 4;
   const ScanLayout<T> layout(kRows, op.padded_d_state);
-  float* factors = reinterpret_cast<float*>(work + layout.factors);  // of in_proj's norm
   float* dts = reinterpret_cast<float*>(work + layout.dt);
   float* conv = reinterpret_cast<float*>(work + layout.conv);
   float* raw = reinterpret_cast<float*>(work + layout.raw);
@@ -280,18 +278,11 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
   const auto stored_row = [&](int row, int position) {
     return position < prefix ? position % kRing : kRing + nodes.path[row][position - prefix];
   };
-  bool first = true;
-  const auto make_factors = [&] {
-    if (first) RowFactors(op.norm, rows, factors);
-    first = false;
-  };
   // The last blocks begin with these, for there may be more blocks than slices of heads.
   const int sent_columns = 2 * op.groups * op.d_state + op.heads;
 #pragma unroll 1
   for (int begin = (gridDim.x - 1 - blockIdx.x) * op.sent_columns; begin < sent_columns;
        begin += gridDim.x * op.sent_columns) {
-    make_factors();
-    SyncThreads<kConsumers>();
     ScanInputs<T>(op, nodes, store, begin, factors, raw);
     SyncThreads<kConsumers>();
   }
@@ -338,11 +329,13 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
         there = r - kMaxTaps - 2 < op.taps;
       }
       const float value = LoadNew(from + first_column + p, there && p < padded_dims);
-      make_factors();
+      const bool is_d = tid == kSliceDims;
+      const float last = LoadWeight(is_d ? op.d + head : op.norm_weight + first_column + tid,
+                                    tid < padded_dims || is_d);
       conv[tid] = value;
+      if (tid <= kSliceDims) conv[kConvRows * kSliceDims + tid] = last;
     }
     if (tid < new_rows) decay[tid] = decay_here;
-    SyncThreads<kConsumers>();
 
     // in_proj's sums: z and x of the thread's rows and dimensions.
     const int dim = tid % kRowThreads * kVec;
@@ -402,44 +395,7 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
 #pragma unroll
       for (int v = 0; v < kVec; ++v) x[k].v[v] = Silu(sum.v[v]);
     }
-    // dt, and log decays along the path from the start of the node's aligned segment, by one warp.
-    if (warp == kConsumerWarps - 1) {
-      const char* sent = op.sent + 2 * b_width * static_cast<int>(sizeof(T)) + head * 4;
-#pragma unroll 1
-      for (int row = lane; row < rows; row += 32) {
-        float dt;
-        do {
-          dt = LoadSent(reinterpret_cast<const float*>(sent + row * op.sent_bytes));
-        } while (IsUnsent(dt));
-        dts[row] = dt;
-      }
-      __syncwarp();
-      const float a = op.a[head];
-#pragma unroll 1
-      for (int row = lane; row < rows; row += 32) {
-        const int t = nodes.position[row];
-        const int segment = t / kSegment * kSegment;
-        float l = 0.0f;
-        int next = segment;  // position
-        if (segment < prefix) {
-          l = decay[(prefix - 1) % kRing];
-          next = prefix;
-        }
-#pragma unroll 1
-        for (int p = next; p <= t; ++p) {
-          const int node = nodes.path[row][p - prefix];
-          // Of the earlier pending nodes the stored value is the sum so far.
-          if (node < nodes.first_pending) {
-            l = decay[kRing + node];
-          } else {
-            l = fmaf(dts[node - nodes.first_pending], a, p % kSegment == 0 ? 0.0f : l);
-          }
-        }
-        decay[new_rows + row] = l;
-        if (first_dim == 0) store.l[(new_rows + row) * op.heads + head] = l;
-      }
-    }
-    // B, eight stored rows a warp; C and the new nodes' B as other blocks send them.
+    // dt, B, eight stored rows a warp, and C; of the new nodes as other blocks send them.
     const int stored = warp * 8 + octet;
     const T* b_from = store.b + (stored * b_width + group * ds + quad * 8);
     const char* b_sent = op.sent + (stored - new_rows) * op.sent_bytes +
@@ -454,14 +410,17 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       const char* c_sent = op.sent + (b_width + group * ds) * static_cast<int>(sizeof(T));
       constexpr int kPer16 = 16 / sizeof(T);
       const int vectors = ds / kPer16;
+      const char* dt_sent = op.sent + 2 * b_width * static_cast<int>(sizeof(T)) + head * 4;
 #pragma unroll 1
       for (int i = tid; i == tid || i < rows * vectors; i += kConsumers) {
         const int r = i / vectors, n = i - r * vectors;
         uint4 v;
+        float dt;
         bool here;
         do {
+          dt = LoadSent(reinterpret_cast<const float*>(dt_sent + i * op.sent_bytes), i < rows);
           v = LoadSentBits(c_sent + r * op.sent_bytes + n * 16, r < rows);
-          here = !IsUnsent<T>(v);
+          here = !IsUnsent<T>(v) && !IsUnsent(dt);
           if (receives && i == tid) {
 #pragma unroll
             for (int k = 0; k < kBlocksAhead; ++k) {
@@ -470,15 +429,39 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
           }
         } while (!here);
         if (r < rows) *reinterpret_cast<uint4*>(c + r * c_stride + n * kPer16) = v;
+        if (i < rows) dts[i] = dt;
       }
     }
     CopiesWait();
     SyncThreads<kConsumers>();
 
-    // Scores C_i . B_j into weights[i][position of j - checkpoint of i].
+    // Log decays along the path, from the start of the node's aligned segment: a row a thread, few
+    // of each warp.
+    {
+      const int row = warp + lane * kConsumerWarps;
+      if (row < rows) {
+        const int t = nodes.position[row];
+        const int segment = t / kSegment * kSegment;
+        const float a = op.a[head];
+        const int from = max(segment, prefix);
+        float l = segment < prefix ? decay[(prefix - 1) % kRing] : 0.0f;
+        const uint8_t* path = nodes.path[row] - prefix;
+#pragma unroll 4
+        for (int position = from; position <= t; ++position) {
+          // Of the earlier pending nodes the stored value is the sum so far.
+          const int node = path[position] - nodes.first_pending;
+          const float stored_l = decay[node < 0 ? new_rows + node : 0];
+          const float next = fmaf(dts[max(node, 0)], a, position % kSegment == 0 ? 0.0f : l);
+          l = node < 0 ? stored_l : next;
+        }
+        decay[new_rows + row] = l;
+        if (first_dim == 0) store.l[(new_rows + row) * op.heads + head] = l;
+      }
+    }
+    // Scores C_i . B_j.
     constexpr int kRowBlocks = (kRows + 15) / 16;
+    float scores[kRowBlocks][4] = {};
     if (warp * 8 < end_rows) {
-      float scores[kRowBlocks][4] = {};
 #pragma unroll 1
       for (int first = 0; first < ds; first += 32 * kBlocksAhead) {
 #pragma unroll
@@ -502,6 +485,61 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
           }
         }
       }
+    }
+    // The state term S C_i with the checkpoint that node i reads, 32 rows at a time; each part of
+    // the state apart, added in order. The first checkpoint's terms of the first rows are made with
+    // the scores.
+    const bool one_checkpoint = nodes.first_checkpoint == nodes.last_checkpoint;
+    const auto make_terms = [&](int k, int position, bool held, float(&term)[kTermTiles][4]) {
+#pragma unroll
+      for (int i = 0; i < kTermTiles * 4; ++i) term[i / 4][i % 4] = 0.0f;
+#pragma unroll 1
+      for (int block = part; block * 32 < ds; block += kStateParts) {
+        if (!held || block > part) load_state(position, block);
+        RowVector<T> from[kTermTiles];
+#pragma unroll
+        for (int i = 0; i < kTermTiles; ++i) {
+          from[i].Load(c + (k * 32 + i * 8 + octet) * c_stride + block * 32 + quad * 8);
+        }
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          FragmentA<float> fa;
+          SetPair(fa, 0, s[step][0].x, s[step][0].y);
+          SetPair(fa, 1, s[step][1].x, s[step][1].y);
+          SetPair(fa, 2, s[step][0].z, s[step][0].w);
+          SetPair(fa, 3, s[step][1].z, s[step][1].w);
+#pragma unroll
+          for (int i = 0; i < kTermTiles; ++i) {
+            FragmentB<T> fb;
+            from[i].Set(fb, 0, step, 0);
+            from[i].Set(fb, 1, step, 1);
+            Multiply(term[i], fa, fb);
+          }
+        }
+      }
+    };
+    const auto keep_terms = [&](int k, int position, const float(&term)[kTermTiles][4]) {
+      float* to = terms + (part * kTermRows + quad * 2) * kTermStride + p_tile * 16 + octet;
+#pragma unroll
+      for (int i = 0; i < kTermTiles; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = k * 32 + i * 8 + quad * 2 + e % 2;
+          if (one_checkpoint || (row < rows && nodes.checkpoint[row] == position)) {
+            to[(i * 8 + e % 2) * kTermStride + e / 2 * 8] = term[i][e];
+          }
+        }
+      }
+    };
+    float term[kTermTiles][4];
+    make_terms(0, nodes.first_checkpoint, true, term);
+    SyncThreads<kConsumers>();
+
+    // weights[i][position of j - checkpoint of i] = exp(difference of log decays) * score. Across
+    // the segment boundary the first segment's rest and the node's own part are added.
+    {
+      int positions[2];  // of the lane's two stored rows, -1: none
+      float decays[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int j = warp * 8 + quad * 2 + half;
@@ -514,127 +552,87 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
         } else if (j < end_rows) {
           position = prefix + nodes.depth[j - kRing];
         }
-        if (position < 0) continue;
+        positions[half] = position;
+        decays[half] = decay[j];
+      }
 #pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) {
+      for (int i = 0; i < (kRows + 7) / 8; ++i) {
+        const int row = i * 8 + octet;
+        if (row >= rows || warp * 8 >= end_rows) continue;
+        const int start = nodes.checkpoint[row];
+        const int segment = nodes.position[row] / kSegment * kSegment;
+        const float node_decay = decay[new_rows + row];
+        const float boundary = segment > start ? decay[stored_row(row, segment - 1)] : 0.0f;
+        const uint64_t mask = nodes.path_mask[row];
 #pragma unroll
-          for (int high = 0; high < (kRows > 8 ? 2 : 1); ++high) {
-            const int row = m * 16 + octet + high * 8;
-            if (row >= rows || position < nodes.checkpoint[row]) continue;
-            if (j >= kRing && !(nodes.path_mask[row] >> (j - kRing) & 1)) continue;
-            weights[row * kWeightStride + position - nodes.checkpoint[row]] =
-                scores[m][high * 2 + half];
+        for (int half = 0; half < 2; ++half) {
+          const int position = positions[half];
+          const int pending = warp * 8 + quad * 2 + half - kRing;
+          const bool on_path = pending < 0 || (mask >> (pending & 63) & 1) != 0;
+          const float exponent = position < segment ? (boundary - decays[half]) + node_decay
+                                                    : node_decay - decays[half];
+          if (position >= start && on_path) {
+            weights[row * kWeightStride + position - start] =
+                scores[i / 2][i % 2 * 2 + half] * expf(exponent);
           }
         }
       }
     }
-
-    // The state term S C_i with the checkpoint that node i reads, 32 rows at a time; each part of
-    // the state apart, added in order. A thread's share stays with it.
     float y[kOwn][kVec];
-    bool held = true;  // s is of the first checkpoint and the part's first block
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
+      if (k > 0) {
+        make_terms(k, nodes.first_checkpoint, one_checkpoint && ds <= 32 * kStateParts, term);
+        SyncThreads<kConsumers>();  // the last rows' terms are read
+      }
+      keep_terms(k, nodes.first_checkpoint, term);
 #pragma unroll 1
-      for (int position = nodes.first_checkpoint; position <= nodes.last_checkpoint;
+      for (int position = nodes.first_checkpoint + kSegment; position <= nodes.last_checkpoint;
            position += kSegment) {
-        float term[kTermTiles][4] = {};
-#pragma unroll 1
-        for (int block = part; block * 32 < ds; block += kStateParts) {
-          if (!held) load_state(position, block);
-          held = position == nodes.first_checkpoint && nodes.last_checkpoint == position &&
-                 ds <= 32 * kStateParts;
-          RowVector<T> from[kTermTiles];
+        make_terms(k, position, false, term);
+        keep_terms(k, position, term);
+      }
+      if (k + 1 == kOwn) {
+        // C is used up.
+        if (kOwn > 1 || !one_checkpoint) SyncThreads<kConsumers>();
+          // u of the new rows, also into the store, and of earlier pending ones.
 #pragma unroll
-          for (int i = 0; i < kTermTiles; ++i) {
-            from[i].Load(c + (k * 32 + i * 8 + octet) * c_stride + block * 32 + quad * 8);
+        for (int n = 0; n < kOwn; ++n) {
+          if (row_of[n] < 0) continue;
+          Vector<kVec> u;
+#pragma unroll
+          for (int v = 0; v < kVec; ++v) {
+            u.v[v] = dts[row_of[n]] * (dim + v < dims ? x[n].v[v] : 0.0f);
           }
-#pragma unroll
-          for (int step = 0; step < 2; ++step) {
-            FragmentA<float> fa;
-            SetPair(fa, 0, s[step][0].x, s[step][0].y);
-            SetPair(fa, 1, s[step][1].x, s[step][1].y);
-            SetPair(fa, 2, s[step][0].z, s[step][0].w);
-            SetPair(fa, 3, s[step][1].z, s[step][1].w);
-#pragma unroll
-            for (int i = 0; i < kTermTiles; ++i) {
-              FragmentB<T> fb;
-              from[i].Set(fb, 0, step, 0);
-              from[i].Set(fb, 1, step, 1);
-              Multiply(term[i], fa, fb);
-            }
-          }
+          u.Store(pending_u + (nodes.first_pending + row_of[n]) * kSliceDims + dim);
+          u.Store(store.u + (new_rows + row_of[n]) * width + first_column + dim);
         }
-#pragma unroll
-        for (int i = 0; i < kTermTiles; ++i) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int at = i * 8 + quad * 2 + e % 2, row = k * 32 + at;
-            if (row < rows && nodes.checkpoint[row] == position) {
-              terms[(part * kTermRows + at) * kTermStride + p_tile * 16 + octet + e / 2 * 8] =
-                  term[i][e];
-            }
+#pragma unroll 1
+        for (int i = tid; i < nodes.first_pending * kSliceDims; i += kConsumers) {
+          const int p = i % kSliceDims;
+          if (p < dims) {
+            pending_u[i] = store.u[(kRing + i / kSliceDims) * width + first_column + p];
           }
         }
       }
       SyncThreads<kConsumers>();
-      if (k == 0) {
-        // weights = exp(difference of log decays) * score. Across the segment boundary the first
-        // segment's rest and the node's own part are added.
-#pragma unroll 1
-        for (int i = tid; i < rows * kRing; i += kConsumers) {
-          const int row = i / kRing, j = i % kRing;
-          const int t = nodes.position[row], start = nodes.checkpoint[row];
-          if (start + j > t) continue;
-          const int segment = t / kSegment * kSegment;
-          const float node_decay = decay[new_rows + row];
-          const float lj = decay[stored_row(row, start + j)];
-          float exponent = node_decay - lj;
-          if (start + j < segment) {
-            exponent = (decay[stored_row(row, segment - 1)] - lj) + node_decay;
-          }
-          weights[row * kWeightStride + j] *= expf(exponent);
-        }
-      }
       const int row = row_of[k];
-      if (row >= 0) {
-        const float* from = terms + tid / kRowThreads * kTermStride + dim;
-        Vector<kVec> sum = Vector<kVec>::Load(from);
+      if (row < 0) continue;
+      const float* from = terms + tid / kRowThreads * kTermStride + dim;
+      Vector<kVec> sum = Vector<kVec>::Load(from);
 #pragma unroll
-        for (int i = 1; i < kStateParts; ++i) {
-          const Vector<kVec> next = Vector<kVec>::Load(from + i * kTermRows * kTermStride);
+      for (int i = 1; i < kStateParts; ++i) {
+        const Vector<kVec> next = Vector<kVec>::Load(from + i * kTermRows * kTermStride);
 #pragma unroll
-          for (int v = 0; v < kVec; ++v) sum.v[v] += next.v[v];
-        }
-        const int segment = nodes.position[row] / kSegment * kSegment;
-        float exponent = decay[new_rows + row];
-        if (segment > nodes.checkpoint[row]) exponent += decay[stored_row(row, segment - 1)];
-        const float state_decay = expf(exponent);
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) y[k][v] = sum.v[v] * state_decay;
+        for (int v = 0; v < kVec; ++v) sum.v[v] += next.v[v];
       }
-      if (k + 1 < kOwn) SyncThreads<kConsumers>();
-    }
-    // C is used up: u of the new rows, also into the store, and of earlier pending ones.
+      const int segment = nodes.position[row] / kSegment * kSegment;
+      float exponent = decay[new_rows + row];
+      if (segment > nodes.checkpoint[row]) exponent += decay[stored_row(row, segment - 1)];
+      const float state_decay = expf(exponent);
 #pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-      if (row_of[k] < 0) continue;
-      Vector<kVec> u;
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) {
-        u.v[v] = dts[row_of[k]] * (dim + v < dims ? x[k].v[v] : 0.0f);
-      }
-      u.Store(pending_u + (nodes.first_pending + row_of[k]) * kSliceDims + dim);
-      u.Store(store.u + (new_rows + row_of[k]) * width + first_column + dim);
+      for (int v = 0; v < kVec; ++v) y[k][v] = sum.v[v] * state_decay;
     }
-#pragma unroll 1
-    for (int i = tid; i < nodes.first_pending * kSliceDims; i += kConsumers) {
-      const int p = i % kSliceDims;
-      if (p < dims) {
-        pending_u[i] = store.u[(kRing + i / kSliceDims) * width + first_column + p];
-      }
-    }
-    SyncThreads<kConsumers>();
 
     // The path sum: first the prefix's positions, which nodes share, four at a time.
     int starts[kOwn];
@@ -664,7 +662,8 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       }
     }
     // Then each node's own, skip, gate and the norm's weights.
-    const float skip = op.d[head];
+    const float* norm_weights = conv + kConvRows * kSliceDims;
+    const float skip = norm_weights[kSliceDims];
     const int heads_per_norm = op.norm_groups == 1 ? op.heads : op.heads / op.norm_groups;
     const int norm_group = op.norm_groups == 1 ? 0 : head / heads_per_norm;
     const int place = norm_group * op.group_columns +
@@ -693,7 +692,7 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
           const float value = __fmul_rn(fmaf(skip, x[k].v[v], y[k][v]), gate[k].v[v]);
           square[v] = __fmul_rn(value, value);
           static_cast<T*>(op.act)[ActIndex<T>(kRows, row, place + v)] =
-              FromFloat<T>(__fmul_rn(value, op.norm_weight[z_column + v]));
+              FromFloat<T>(__fmul_rn(value, norm_weights[dim + v]));
         }
         // One tree over 32 dimensions, however they are spread over threads.
         squares = __fadd_rn(__fadd_rn(square[0], square[1]), __fadd_rn(square[2], square[3]));

@@ -364,6 +364,25 @@ struct RowFactor {
   }
 };
 
+// Factors of rows `warp`, `warp` + `warps` and so on of a norm of one group, into [kMaxRows] in
+// shared memory, by the whole warp.
+__device__ inline void HelpRowFactors(const RowNorm& norm, int rows, int warp, int warps,
+                                      float* factors) {
+  constexpr int kBatch = 4;
+#pragma unroll 1
+  for (int first = warp; first < rows; first += kBatch * warps) {
+    RowFactor factor[kBatch];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) factor[n].Load(norm, min(first + n * warps, rows - 1));
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int row = min(first + n * warps, rows - 1);
+      const float f = factor[n].Finish(norm, row);
+      if (threadIdx.x % 32 == 0) factors[row] = f;
+    }
+  }
+}
+
 // All factors, into [groups][kMaxRows] in shared memory. The caller synchronises.
 __device__ inline void RowFactors(const RowNorm& norm, int rows, float* factors) {
   const int warp = threadIdx.x / 32;

@@ -33,7 +33,6 @@ struct EmbedOp {
 // the next one.
 struct ResidualOp {
   Partials partials;
-  RowNorm norm;  // of the product's input, in one group
   const float* bias = nullptr;
   float* x = nullptr;
   int columns = 0;
@@ -46,7 +45,6 @@ struct ResidualOp {
 // act = T(activation(factor * gate + bias) * (factor * up + bias))
 struct GatedOp {
   Partials partials;  // [gate | up]
-  RowNorm norm;
   const float* bias = nullptr;
   int activation = 0;  // Activation
   int columns = 0;
@@ -305,7 +303,7 @@ __device__ __forceinline__ void Embed(const EmbedOp& shared_op, const PassNodes&
 
 template <typename T>
 __device__ __forceinline__ void Residual(const ResidualOp& shared_op, const PassNodes& nodes,
-                                         int bucket_rows) {
+                                         const float* factors, int bucket_rows) {
   const ResidualOp op = shared_op;
   if (op.unsend != nullptr) {
 #pragma unroll 1
@@ -320,12 +318,10 @@ __device__ __forceinline__ void Residual(const ResidualOp& shared_op, const Pass
     float4 x = LoadNew4(at, active);
     const float4 w = LoadWeight4(op.next.weight + column, active);
     const float4 bias = LoadWeight4(op.bias + column, active && op.bias != nullptr);
-    RowFactor row_factor;
-    row_factor.Load(op.norm, row);
     const int valid = min(4, op.columns - column);
     Sum4<8> partials;
     partials.Load(op.partials, row, column, active && valid > 0);
-    const float f = row_factor.Finish(op.norm, row);
+    const float f = factors[row];
     while (partials.Unsent(splits, valid)) partials.Load(op.partials, row, column, true);
     const float4 sum = partials.Finish(op.partials, row, column, splits, valid);
     x = make_float4(fmaf(f, sum.x, x.x) + bias.x, fmaf(f, sum.y, x.y) + bias.y,
@@ -355,12 +351,10 @@ __device__ inline float Activate(int activation, float x) {
 
 template <typename T>
 __device__ __forceinline__ void Gated(const GatedOp& shared_op, const PassNodes& nodes,
-                                      int bucket_rows) {
+                                      const float* factors, int bucket_rows) {
   const GatedOp op = shared_op;
   const bool vectors = op.columns % 4 == 0;
   ForGranules(nodes.rows, op.k_steps, [&](int row, int column, bool active) {
-    RowFactor row_factor;
-    row_factor.Load(op.norm, row);
     float4 gate = {0.0f, 0.0f, 0.0f, 0.0f}, up = gate;
     const int up_column = op.columns + column;
     if (vectors) {
@@ -385,7 +379,7 @@ __device__ __forceinline__ void Gated(const GatedOp& shared_op, const PassNodes&
         if (i == 3) gate.w = g, up.w = u;
       }
     }
-    const float f = row_factor.Finish(op.norm, row);
+    const float f = factors[row];
     const auto value = [&](int i, float g, float u) {
       const bool bias = op.bias != nullptr && column + i < op.columns;
       const float gate_bias = LoadWeight(op.bias + column + i, bias);
