@@ -875,7 +875,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   names->clear();
   shapes.resize(ops.size());
   for (size_t i = 0; i < ops.size(); ++i) {
-    ops[i].matmul.index = static_cast<int>(i);
+    if (ops[i].kind == cuda::OpKind::kMatmul) ops[i].matmul.index = static_cast<int>(i);
     names->push_back(ops[i].kind == cuda::OpKind::kMatmul
                          ? absl::StrCat("product ", shapes[i].out, " x ", shapes[i].in)
                          : cuda::Name(ops[i].kind));

@@ -43,13 +43,17 @@ struct Op {
   int32_t barrier = 1;
   // Of the input of the product before it, whose sums it reads; see HelpRowFactors.
   RowNorm norm;
-  EmbedOp embed;
-  MatmulOp matmul;
-  ScanOp scan;
-  AttentionOp attention;
-  ResidualOp residual;
-  GatedOp gated;
-  SelectOp select;
+  union {  // by kind
+    EmbedOp embed;
+    MatmulOp matmul;
+    ScanOp scan;
+    AttentionOp attention;
+    ResidualOp residual;
+    GatedOp gated;
+    SelectOp select;
+  };
+
+  Op() : embed() {}
 };
 
 struct PassArguments {
@@ -74,10 +78,14 @@ struct SharedLayout {
   static constexpr int kNodes = (sizeof(PassNodes) + 127) / 128 * 128;
   static constexpr int kOp = (sizeof(Op) + 127) / 128 * 128;
   static constexpr int kNodesAt = kRing + kBarriers;
+  // The operator at hand and its layer's store, and those that come next: two places in turn.
+  static constexpr int kStore = (sizeof(LayerStore<T>) + 15) / 16 * 16;
+  static constexpr int kTurn = kOp + kStore;
   static constexpr int kOpAt = kNodesAt + kNodes;
   static constexpr int kStoreAt = kOpAt + kOp;
-  static constexpr int kFactorsAt = kStoreAt + 128;
-  static constexpr int kFixed = kFactorsAt + kMaxRows * 4;
+  static constexpr int kNextAt = kOpAt + kTurn;
+  static constexpr int kFactorsAt = kNextAt + 2 * kTurn;
+  static constexpr int kFixed = (kFactorsAt + kMaxRows * 4 + 127) / 128 * 128;
 };
 
 // rows: of the bucket, 8, 16, 32 or 64. shared_bytes: all that a block may have.

@@ -7,55 +7,40 @@ namespace canopy::cuda {
 // Warps that help: with what a reader of sums needs besides.
 inline constexpr int kHelpers = 2;
 
+// Until operator i is ready. A function of its own, for one thread: the compiler serialises wgmma
+// that stands behind loops that might diverge.
+__device__ __noinline__ inline void AwaitHelp(const uint32_t* helped, int i) {
+  for (int helper = 0; helper < kHelpers; ++helper) {
+    while (LoadAcquireShared(helped + helper) <= static_cast<uint32_t>(i)) {
+    }
+  }
+}
+
 // What the computing warps do.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ring& ring,
                                         uint32_t* finished, const uint32_t* helped, char* shared) {
   using Layout = SharedLayout<T, kRowTiles>;
-  // The operator at hand is in shared memory; the next one's words come while this one runs.
-  constexpr int kOpWords = sizeof(Op) / 4;
-  static_assert(sizeof(Op) % 4 == 0 && kOpWords <= kConsumers);
-  uint32_t next_word = 0;
-  const auto load_op = [&](int i) {
-    if (threadIdx.x < kOpWords && i < arguments.op_count) {
-      next_word = __ldg(reinterpret_cast<const uint32_t*>(arguments.ops + i) + threadIdx.x);
-    }
-  };
-  const auto keep_op = [&] {
-    if (threadIdx.x < kOpWords) {
-      reinterpret_cast<uint32_t*>(shared + Layout::kOpAt)[threadIdx.x] = next_word;
-    }
-  };
-  // So are the addresses of its layer's store.
-  constexpr int kStoreWords = sizeof(LayerStore<T>) / 4;
-  uint32_t next_store = 0;
-  int layer = 0;
-  const auto load_store = [&](int i) {
-    if (threadIdx.x >= kStoreWords || i >= arguments.op_count) return;
-    const PassNodes& nodes = *reinterpret_cast<const PassNodes*>(shared + Layout::kNodesAt);
-    if (nodes.layers == nullptr) return;  // products alone
-    next_store =
-        __ldg(reinterpret_cast<const uint32_t*>(nodes.layers) + layer * kStoreWords + threadIdx.x);
-    if (i + 1 < arguments.op_count) layer = __ldg(&arguments.ops[i + 1].layer);
-  };
-  const auto keep_store = [&] {
-    if (threadIdx.x < kStoreWords) {
-      reinterpret_cast<uint32_t*>(shared + Layout::kStoreAt)[threadIdx.x] = next_store;
-    }
-  };
-  layer = arguments.ops[0].layer;
-  load_op(0);
-  load_store(0);
-  keep_op();
-  keep_store();
-  SyncThreads<kConsumers>();
   uint32_t barrier = arguments.counter_base;
   if (arguments.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     arguments.clocks[0] = clock64();
   }
+  // The operator moves to one place that never changes: else the compiler does not see that what it
+  // says is the same for all threads, and serialises wgmma.
+  const auto take_op = [&](int i) {
+    constexpr int kWords = Layout::kTurn / 4;
+    static_assert(kWords <= kConsumers);
+    const uint32_t* from =
+        reinterpret_cast<const uint32_t*>(shared + Layout::kNextAt + i % 2 * Layout::kTurn);
+    if (threadIdx.x < kWords) {
+      reinterpret_cast<uint32_t*>(shared + Layout::kOpAt)[threadIdx.x] = from[threadIdx.x];
+    }
+    SyncThreads<kConsumers>();
+  };
+  if (threadIdx.x == 0) AwaitHelp(helped, 0);
+  SyncThreads<kConsumers>();
+  take_op(0);
   for (int i = 0; i < arguments.op_count; ++i) {
-    load_op(i + 1);
-    load_store(i + 1);
     constexpr int kBucket = 8 * kRowTiles;
     const PassNodes& nodes = *reinterpret_cast<const PassNodes*>(shared + Layout::kNodesAt);
     const Op& op = *reinterpret_cast<const Op*>(shared + Layout::kOpAt);
@@ -63,12 +48,6 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
     char* work = shared + Layout::kFixed;
     float* work_floats = reinterpret_cast<float*>(work);
     const float* factors = reinterpret_cast<const float*>(shared + Layout::kFactorsAt);
-    if (op.kind != OpKind::kMatmul) {
-      for (int warp = 0; warp < kHelpers; ++warp) {
-        while (LoadAcquireShared(helped + warp) <= static_cast<uint32_t>(i)) {
-        }
-      }
-    }
     switch (op.kind) {
       case OpKind::kEmbed:
         Embed<T>(op.embed, nodes, kBucket);
@@ -113,11 +92,55 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
         }
       }
       StoreReleaseShared(finished, i + 1);
+      if (i + 1 < arguments.op_count) AwaitHelp(helped, i + 1);
       if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
     }
-    keep_op();
-    keep_store();
     SyncThreads<kConsumers>();
+    take_op(i + 1);
+  }
+}
+
+// What the warps that help do: while an operator runs, they bring the next one's description into
+// shared memory, make the factors of the rows whose sums it will read, and bring what it reads of
+// earlier passes into the cache.
+template <typename T, int kRowTiles>
+__device__ __forceinline__ void Help(const PassArguments& arguments, const PassNodes& nodes,
+                                     const uint32_t* finished, uint32_t* copied, uint32_t* helped,
+                                     char* shared) {
+  using Layout = SharedLayout<T, kRowTiles>;
+  const int helper = threadIdx.x / 32 - kConsumerWarps - 2, lane = threadIdx.x % 32;
+  float* factors = reinterpret_cast<float*>(shared + Layout::kFactorsAt);
+  const auto copy = [&](char* to, const void* from, int bytes) {
+    for (int word = lane; word < bytes / 4; word += 32) {
+      reinterpret_cast<uint32_t*>(to)[word] = __ldg(static_cast<const uint32_t*>(from) + word);
+    }
+    __syncwarp();
+  };
+  for (int i = 0; i < arguments.op_count; ++i) {
+    char* op_at = shared + Layout::kNextAt + i % 2 * Layout::kTurn;
+    char* store_at = op_at + Layout::kOp;
+    const Op& op = *reinterpret_cast<const Op*>(op_at);
+    while (LoadAcquireShared(finished) + 1 < static_cast<uint32_t>(i)) {
+    }
+    if (helper == 0) {
+      copy(op_at, arguments.ops + i, sizeof(Op));
+      if (nodes.layers != nullptr) {  // not so for products alone
+        copy(store_at, static_cast<const LayerStore<T>*>(nodes.layers) + op.layer,
+             sizeof(LayerStore<T>));
+      }
+      if (lane == 0) StoreReleaseShared(copied, i + 1);
+    } else {
+      while (LoadAcquireShared(copied) <= static_cast<uint32_t>(i)) {
+      }
+    }
+    if (op.norm.squares != nullptr || op.kind == OpKind::kResidual) {
+      HelpRowFactors(op.norm, nodes.rows, helper, kHelpers, factors);
+    }
+    __syncwarp();
+    if (lane == 0) StoreReleaseShared(helped + helper, i + 1);
+    if (op.kind == OpKind::kScan && helper == 0) {
+      PrefetchScan<T>(op.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at));
+    }
   }
 }
 
@@ -128,7 +151,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
   uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + Layout::kRing);
   PartInfo* infos = reinterpret_cast<PartInfo*>(barriers + 36);
   uint32_t* finished = reinterpret_cast<uint32_t*>(infos + 8);  // operators
-  uint32_t* helped = finished + 1;                              // operators, by each helper
+  uint32_t* helped = finished + 2;                              // operators, by each helper
   PassNodes* nodes = reinterpret_cast<PassNodes*>(shared + Layout::kNodesAt);
   Ring ring = {shared,        shared + Layout::kFixed, infos,         barriers,
                barriers + 20, barriers + 28,           barriers + 32, kSlots<T, kRowTiles>};
@@ -145,7 +168,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
       BarrierInit(&ring.acts_empty[i], kConsumerWarps);
     }
     *finished = 0;
-    for (int i = 0; i < kHelpers; ++i) helped[i] = 0;
+    for (int i = 1; i < 2 + kHelpers; ++i) finished[i] = 0;
     *reinterpret_cast<RingPlace*>(finished + 4) = {};
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     FenceProxyAsync();
@@ -180,25 +203,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
         op = next;
       }
     } else if (threadIdx.x >= kConsumers + 64) {
-      const int helper = threadIdx.x / 32 - kConsumerWarps - 2;
-      float* factors = reinterpret_cast<float*>(shared + Layout::kFactorsAt);
-      for (int i = 0; i < arguments.op_count; ++i) {
-        const OpKind kind = arguments.ops[i].kind;
-        if (kind == OpKind::kMatmul) continue;
-        const RowNorm norm = arguments.ops[i].norm;
-        // While the product before it runs.
-        while (LoadAcquireShared(finished) + 1 < static_cast<uint32_t>(i)) {
-        }
-        if (norm.squares != nullptr || kind == OpKind::kResidual) {
-          HelpRowFactors(norm, nodes->rows, helper, kHelpers, factors);
-        }
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) StoreReleaseShared(helped + helper, i + 1);
-        if (kind == OpKind::kScan && helper == 0) {
-          PrefetchScan<T>(arguments.ops[i].scan, *nodes,
-                          static_cast<const LayerStore<T>*>(nodes->layers)[arguments.ops[i].layer]);
-        }
-      }
+      Help<T, kRowTiles>(arguments, *nodes, finished, finished + 1, helped, shared);
     }
   } else {
     RaiseRegisters<104>();

@@ -72,7 +72,7 @@ inline constexpr int kWeightStride = kRing + 4;
 inline constexpr int kTermStride = kSliceDims + 4;
 
 // What a slice needs of the convolution before its inputs: weights, bias, inputs of the prefix.
-// Then the norm's weights, and D.
+// Then the norm's weights, D and A.
 inline constexpr int kConvRows = (kMaxTaps + 1) + 1 + kMaxTaps;
 inline constexpr int kStagedFloats = (kConvRows + 1) * kSliceDims + 4;
 
@@ -316,6 +316,24 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       for (int i = 0; i < 4; ++i) s[i / 2][i % 2] = LoadWeight4(at + i * 128, there);
     };
     load_state(nodes.first_checkpoint, part);
+    // A thread's rows and dimensions, of which it has z and x.
+    const int dim = tid % kRowThreads * kVec;
+    const int z_column = first_column + dim, x_column = width + z_column;
+    const bool has_dim = dim < padded_dims;
+    const int z_splits = has_dim ? Splits(op.partials, z_column) : 0;
+    const int x_splits = has_dim ? Splits(op.partials, x_column) : 0;
+    int row_of[kOwn];
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+      const int row = tid / kRowThreads + k * 32;
+      row_of[k] = row < rows && has_dim ? row : -1;
+    }
+    SumVector<kVec> sum_x, sum_z;
+    const auto load_sums = [&](int k) {
+      sum_x.Load(op.partials, row_of[k], x_column, row_of[k] >= 0);
+      sum_z.Load(op.partials, row_of[k], z_column, row_of[k] >= 0);
+    };
+    Vector<kVec> gate[kOwn];
     const float decay_here =
         LoadNew(store.l + (tid * op.heads + head), tid < new_rows);  // of stored row tid
     {
@@ -329,36 +347,28 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
         there = r - kMaxTaps - 2 < op.taps;
       }
       const float value = LoadNew(from + first_column + p, there && p < padded_dims);
-      const bool is_d = tid == kSliceDims;
-      const float last = LoadWeight(is_d ? op.d + head : op.norm_weight + first_column + tid,
-                                    tid < padded_dims || is_d);
+      const float* more = tid == kSliceDims       ? op.d + head
+                          : tid == kSliceDims + 1 ? op.a + head
+                                                  : op.norm_weight + first_column + tid;
+      const bool has_more = tid < padded_dims || tid == kSliceDims || tid == kSliceDims + 1;
+      const float one_more = LoadWeight(more, has_more);
+      if (kOwn == 1) load_sums(0);  // else they would not fit the registers
       conv[tid] = value;
-      if (tid <= kSliceDims) conv[kConvRows * kSliceDims + tid] = last;
+      if (has_more) conv[kConvRows * kSliceDims + tid] = one_more;
     }
     if (tid < new_rows) decay[tid] = decay_here;
 
-    // in_proj's sums: z and x of the thread's rows and dimensions.
-    const int dim = tid % kRowThreads * kVec;
-    const int z_column = first_column + dim, x_column = width + z_column;
-    const bool has_dim = dim < padded_dims;
-    const int z_splits = has_dim ? Splits(op.partials, z_column) : 0;
-    const int x_splits = has_dim ? Splits(op.partials, x_column) : 0;
-    int row_of[kOwn];
-    Vector<kVec> gate[kOwn];
+    // in_proj's sums: z and x of the thread's rows.
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      const int row = tid / kRowThreads + k * 32;
-      row_of[k] = row < rows && has_dim ? row : -1;
+      if (kOwn > 1) load_sums(k);
       if (row_of[k] < 0) continue;
-      SumVector<kVec> x, z;
-      do {
-        x.Load(op.partials, row, x_column, true);
-        z.Load(op.partials, row, z_column, true);
-      } while (x.Unsent(x_splits) || z.Unsent(z_splits));
+      while (sum_x.Unsent(x_splits) || sum_z.Unsent(z_splits)) load_sums(k);
+      const int row = row_of[k];
       const float factor = factors[row];
       Vector<kVec> value;
-      x.Finish(op.partials, row, x_column, x_splits, value.v);
-      z.Finish(op.partials, row, z_column, z_splits, gate[k].v);
+      sum_x.Finish(op.partials, row, x_column, x_splits, value.v);
+      sum_z.Finish(op.partials, row, z_column, z_splits, gate[k].v);
       const bool with_bias = op.in_bias != nullptr;
 #pragma unroll
       for (int v = 0; v < kVec; ++v) {
@@ -435,6 +445,7 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
     CopiesWait();
     SyncThreads<kConsumers>();
 
+    const float* norm_weights = conv + kConvRows * kSliceDims;
     // Log decays along the path, from the start of the node's aligned segment: a row a thread, few
     // of each warp.
     {
@@ -442,7 +453,7 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       if (row < rows) {
         const int t = nodes.position[row];
         const int segment = t / kSegment * kSegment;
-        const float a = op.a[head];
+        const float a = norm_weights[kSliceDims + 1];
         const int from = max(segment, prefix);
         float l = segment < prefix ? decay[(prefix - 1) % kRing] : 0.0f;
         const uint8_t* path = nodes.path[row] - prefix;
@@ -644,7 +655,7 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       row_weights[k] = weights + row * kWeightStride - nodes.checkpoint[row];
     }
     const int whole = prefix / 4 * 4;
-#pragma unroll 2
+#pragma unroll(kVec < 4 ? 4 : 2)
     for (int position = nodes.first_checkpoint; position < whole; position += 4) {
       const float* from = ring_u + position % kRing * kSliceDims + dim;
       Vector<kVec> u[4];
@@ -662,7 +673,6 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       }
     }
     // Then each node's own, skip, gate and the norm's weights.
-    const float* norm_weights = conv + kConvRows * kSliceDims;
     const float skip = norm_weights[kSliceDims];
     const int heads_per_norm = op.norm_groups == 1 ? op.heads : op.heads / op.norm_groups;
     const int norm_group = op.norm_groups == 1 ? 0 : head / heads_per_norm;
