@@ -23,7 +23,7 @@ constexpr int kBuckets = 4;
 constexpr int kBucketRows[kBuckets] = {8, 16, 32, 64};
 // Shared memory that every operator but scan and attention has enough of: activations, factors of
 // norms (of as many groups of columns as fit).
-constexpr int kLeastWorkBytes = cuda::kActRingBytes + 4 * kMaxRows * cuda::kMostNormGroups;
+constexpr int kLeastWorkBytes = cuda::kMatmulWorkBytes;
 static_assert(4 * cuda::kConsumerWarps * cuda::kMaxHeadDim <= kLeastWorkBytes);
 // Passes in flight at most: each has its own description of its nodes.
 constexpr int kInFlight = 16;
@@ -788,8 +788,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                               const float* bias, const float* next) -> cuda::ResidualOp& {
       cuda::Op op;
       op.kind = cuda::OpKind::kResidual;
-      op.norm = norm;
-      op.residual = {sums, bias, at.x, hidden, hidden_steps_, next_input(next)};
+      op.residual = {sums, norm, bias, at.x, hidden, hidden_steps_, next_input(next)};
       ops.push_back(op);
       return ops.back().residual;
     };

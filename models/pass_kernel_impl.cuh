@@ -70,7 +70,7 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
         CombineBlocks<T>(op.attention, nodes, kBucket);
         break;
       case OpKind::kResidual:
-        Residual<T>(op.residual, nodes, factors, kBucket);
+        Residual<T>(op.residual, nodes, kBucket);
         break;
       case OpKind::kGated:
         Gated<T>(op.gated, nodes, factors, kBucket);
@@ -133,8 +133,13 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
       while (LoadAcquireShared(copied) <= static_cast<uint32_t>(i)) {
       }
     }
-    if (op.norm.squares != nullptr || op.kind == OpKind::kResidual) {
+    if (op.norm.squares != nullptr) {
       HelpRowFactors(op.norm, nodes.rows, helper, kHelpers, factors);
+    }
+    if (op.kind == OpKind::kScan && helper == 1 && blockIdx.x < op.scan.heads * op.scan.slices) {
+      StageSlice<T>(op.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at), blockIdx.x,
+                    ScanLayout<T>(8 * kRowTiles, op.scan.padded_d_state), shared + Layout::kFixed,
+                    lane, 32);
     }
     __syncwarp();
     if (lane == 0) StoreReleaseShared(helped + helper, i + 1);

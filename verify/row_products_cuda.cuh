@@ -39,11 +39,9 @@ struct RowVector<__nv_bfloat16> {
 
   __device__ void Load(const __nv_bfloat16* at) { v = *reinterpret_cast<const uint4*>(at); }
   __device__ void LoadGlobal(const __nv_bfloat16* at, bool there) { v = LoadNewBits(at, there); }
-  // As another block sends it. False: a part has not come yet.
-  __device__ bool Receive(const __nv_bfloat16* at) {
-    v = LoadSentBits(at);
-    return !IsUnsent<__nv_bfloat16>(v);
-  }
+  // As another block sends it.
+  __device__ void LoadSent(const __nv_bfloat16* at) { v = LoadSentBits(at); }
+  __device__ bool Unsent() const { return IsUnsent<__nv_bfloat16>(v); }
   __device__ uint32_t Pair(int step, int half) const {
     return step == 0 ? (half == 0 ? v.x : v.y) : (half == 0 ? v.z : v.w);
   }
@@ -64,11 +62,11 @@ struct RowVector<float> {
     v[0] = LoadNew4(at, there);
     v[1] = LoadNew4(at + 4, there);
   }
-  __device__ bool Receive(const float* at) {
+  __device__ void LoadSent(const float* at) {
     v[0] = LoadSent4(at);
     v[1] = LoadSent4(at + 4);
-    return !IsUnsent(v[0]) && !IsUnsent(v[1]);
   }
+  __device__ bool Unsent() const { return IsUnsent(v[0]) || IsUnsent(v[1]); }
   template <typename Fragment>
   __device__ void Set(Fragment& f, int i, int step, int half) const {
     if (half == 0) {

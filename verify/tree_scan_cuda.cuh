@@ -19,6 +19,7 @@
 #define CANOPY_VERIFY_TREE_SCAN_CUDA_CUH_
 
 #include "core/cuda/pass.h"
+#include "core/ops/matmul_cuda.cuh"
 #include "verify/row_products_cuda.cuh"
 
 namespace canopy::cuda {
@@ -72,31 +73,34 @@ inline constexpr int kWeightStride = kRing + 4;
 inline constexpr int kTermStride = kSliceDims + 4;
 
 // What a slice needs of the convolution before its inputs: weights, bias, inputs of the prefix.
-// Then the norm's weights, D and A.
+// Then the norm's weights, D and A, and zeros.
 inline constexpr int kConvRows = (kMaxTaps + 1) + 1 + kMaxTaps;
-inline constexpr int kStagedFloats = (kConvRows + 1) * kSliceDims + 4;
+inline constexpr int kStagedFloats = (kConvRows + 2) * kSliceDims + 4;
 
 // Shared memory of the operator, in bytes, for buckets of `rows` rows. pending_u takes the place of
-// c once that is used up, terms that of the convolution's inputs.
+// c once that is used up, terms that of the convolution's inputs. From `decay` on stands what is
+// brought while the product before is still at work.
 template <typename T>
 struct ScanLayout {
-  int dt, decay, conv, c, pending_u, ring_u, weights, terms, raw, end;
+  int dt, boundary, c, pending_u, weights, terms, raw, decay, conv, ring_u, end;
 
   CANOPY_HOST_DEVICE ScanLayout(int rows, int padded_d_state) {
     dt = 0;
-    decay = dt + kMaxRows * 4;
-    conv = decay + (kRing + kMaxRows) * 4;
-    c = conv + kStagedFloats * 4;
+    boundary = dt + kMaxRows * 4;
+    c = boundary + kMaxRows * 4;
     pending_u = c;
     const int c_bytes = rows * RowStride<T>(padded_d_state) * static_cast<int>(sizeof(T));
     const int u_bytes = kMaxRows * kSliceDims * 4;
-    ring_u = c + (c_bytes > u_bytes ? c_bytes : u_bytes);
-    weights = ring_u + kRing * kSliceDims * 4;
+    weights = c + (c_bytes > u_bytes ? c_bytes : u_bytes);
     terms = weights + rows * kWeightStride * 4;
     raw = terms;
     const int terms_bytes = kStateParts * (rows < 32 ? rows : 32) * kTermStride * 4;
     const int raw_bytes = rows * kMostScanColumns * 4;
-    end = terms + (terms_bytes > raw_bytes ? terms_bytes : raw_bytes);
+    decay = terms + (terms_bytes > raw_bytes ? terms_bytes : raw_bytes);
+    if (decay < kMatmulWorkBytes) decay = kMatmulWorkBytes;
+    conv = decay + (kRing + kMaxRows) * 4;
+    ring_u = conv + kStagedFloats * 4;
+    end = ring_u + kRing * kSliceDims * 4;
   }
 };
 
@@ -248,6 +252,52 @@ struct Vector {
   }
 };
 
+// What a slice of a head reads of weights and of earlier passes, by thread `thread` of `threads`.
+template <typename T>
+__device__ inline void StageSlice(const ScanOp& op, const PassNodes& nodes,
+                                  const LayerStore<T>& store, int task, const ScanLayout<T>& layout,
+                                  char* work, int thread, int threads) {
+  const int head = task / op.slices, first_dim = (task - head * op.slices) * kSliceDims;
+  const int padded_dims = PadTo(4, min(kSliceDims, op.head_dim - first_dim));
+  const int first_column = head * op.padded_head + first_dim, width = op.heads * op.padded_head;
+  float* decay = reinterpret_cast<float*>(work + layout.decay);
+  float* conv = reinterpret_cast<float*>(work + layout.conv);
+  float* ring_u = reinterpret_cast<float*>(work + layout.ring_u);
+  constexpr int kVectors = kSliceDims / 4;
+#pragma unroll 4
+  for (int i = thread; i < kRing * kVectors; i += threads) {
+    const int r = i / kVectors, p = i % kVectors * 4;
+    if (p < padded_dims) {
+      CopyAsync16(ring_u + r * kSliceDims + p, store.u + (r * width + first_column + p));
+    }
+  }
+  // Rows of 64 floats: weights of inputs 0, 1, ... positions back, bias, stored inputs, weights of
+  // the norm, zeros.
+#pragma unroll 4
+  for (int i = thread; i < (kConvRows + 2) * kVectors; i += threads) {
+    const int r = i / kVectors, p = i % kVectors * 4;
+    const float* from = op.conv_weight + (op.taps - r) * op.channels;
+    bool there = r <= op.taps;
+    if (r == kMaxTaps + 1) from = op.conv_bias, there = true;
+    if (r > kMaxTaps + 1) {
+      from = store.conv + (r - kMaxTaps - 2) * op.channels;
+      there = r - kMaxTaps - 2 < op.taps;
+    }
+    if (r == kConvRows) from = op.norm_weight, there = true;
+    if (r == kConvRows + 1) there = false;
+    const float4 v = LoadNew4(from + first_column + p, there && p < padded_dims);
+    *reinterpret_cast<float4*>(conv + r * kSliceDims + p) = v;
+  }
+  if (thread < 2) {
+    conv[(kConvRows + 2) * kSliceDims + thread] = LoadWeight((thread == 0 ? op.d : op.a) + head);
+  }
+#pragma unroll 4
+  for (int i = thread; i < kRing + nodes.first_pending; i += threads) {
+    decay[i] = LoadNew(store.l + (i * op.heads + head));
+  }
+  CopiesWait();
+}
+
 // The operator.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
@@ -269,15 +319,13 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
   float* weights = reinterpret_cast<float*>(work + layout.weights);
   float* terms = reinterpret_cast<float*>(work + layout.terms);
   float* decay = reinterpret_cast<float*>(work + layout.decay);
+  float* boundary = reinterpret_cast<float*>(work + layout.boundary);
   const int ds = op.padded_d_state, c_stride = RowStride<T>(ds);
   const int rows = nodes.rows, prefix = nodes.prefix;
   const int new_rows = kRing + nodes.first_pending;  // stored rows before those of this pass
   const int end_rows = new_rows + rows;
   const int width = op.heads * op.padded_head;
   const int b_width = op.groups * ds;
-  const auto stored_row = [&](int row, int position) {
-    return position < prefix ? position % kRing : kRing + nodes.path[row][position - prefix];
-  };
   // The last blocks begin with these, for there may be more blocks than slices of heads.
   const int sent_columns = 2 * op.groups * op.d_state + op.heads;
 #pragma unroll 1
@@ -295,27 +343,10 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
     const int padded_dims = PadTo(4, dims);
     const int first_column = head * op.padded_head + first_dim;
 
-    // What earlier passes left comes first: u of the prefix into shared memory, S as operands.
-    {
-      const float* u_from = store.u + first_column;
-#pragma unroll 1
-      for (int i = tid; i < kRing * (kSliceDims / 4); i += kConsumers) {
-        const int r = i / (kSliceDims / 4), p = i % (kSliceDims / 4) * 4;
-        if (p < dims) CopyAsync16(ring_u + r * kSliceDims + p, u_from + r * width + p);
-      }
+    // The first slice's were brought already.
+    if (task != static_cast<int>(blockIdx.x)) {
+      StageSlice<T>(op, nodes, store, task, layout, work, tid, kConsumers);
     }
-    // 16 dimensions a warp, and a part of the states.
-    const int p_tile = warp % (kSliceDims / 16), part = warp / (kSliceDims / 16);
-    const bool has_tile = p_tile * 16 < dims;
-    const int tile_floats = (head * PadTo16(op.head_dim) + first_dim + p_tile * 16) * ds + lane * 4;
-    float4 s[2][2];
-    const auto load_state = [&](int position, int block) {
-      const float* at = store.checkpoints[position / kSegment % 2] + (tile_floats + block * 512);
-      const bool there = position > 0 && has_tile && block * 32 < ds;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[i / 2][i % 2] = LoadWeight4(at + i * 128, there);
-    };
-    load_state(nodes.first_checkpoint, part);
     // A thread's rows and dimensions, of which it has z and x.
     const int dim = tid % kRowThreads * kVec;
     const int z_column = first_column + dim, x_column = width + z_column;
@@ -333,35 +364,26 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       sum_x.Load(op.partials, row_of[k], x_column, row_of[k] >= 0);
       sum_z.Load(op.partials, row_of[k], z_column, row_of[k] >= 0);
     };
+    load_sums(0);
     Vector<kVec> gate[kOwn];
-    const float decay_here =
-        LoadNew(store.l + (tid * op.heads + head), tid < new_rows);  // of stored row tid
-    {
-      static_assert(kConvRows * kSliceDims == kConsumers);
-      const int r = tid / kSliceDims, p = tid % kSliceDims;
-      const float* from = op.conv_weight + (op.taps - r) * op.channels;
-      bool there = r <= op.taps;
-      if (r == kMaxTaps + 1) from = op.conv_bias, there = true;
-      if (r > kMaxTaps + 1) {
-        from = store.conv + (r - kMaxTaps - 2) * op.channels;
-        there = r - kMaxTaps - 2 < op.taps;
-      }
-      const float value = LoadNew(from + first_column + p, there && p < padded_dims);
-      const float* more = tid == kSliceDims       ? op.d + head
-                          : tid == kSliceDims + 1 ? op.a + head
-                                                  : op.norm_weight + first_column + tid;
-      const bool has_more = tid < padded_dims || tid == kSliceDims || tid == kSliceDims + 1;
-      const float one_more = LoadWeight(more, has_more);
-      if (kOwn == 1) load_sums(0);  // else they would not fit the registers
-      conv[tid] = value;
-      if (has_more) conv[kConvRows * kSliceDims + tid] = one_more;
-    }
-    if (tid < new_rows) decay[tid] = decay_here;
+    // S: 16 dimensions a warp, and a part of the states.
+    const int p_tile = warp % (kSliceDims / 16), part = warp / (kSliceDims / 16);
+    const bool has_tile = p_tile * 16 < dims;
+    const int tile_floats = (head * PadTo16(op.head_dim) + first_dim + p_tile * 16) * ds + lane * 4;
+    float4 s[2][2];
+    const auto load_state = [&](int position, int block) {
+      const float* at = store.checkpoints[position / kSegment % 2] + (tile_floats + block * 512);
+      const bool there = position > 0 && has_tile && block * 32 < ds;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[i / 2][i % 2] = LoadWeight4(at + i * 128, there);
+    };
+    if (kOwn == 1)
+      load_state(nodes.first_checkpoint, part);  // else they would not fit the registers
 
-    // in_proj's sums: z and x of the thread's rows.
+      // in_proj's sums: z and x of the thread's rows.
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      if (kOwn > 1) load_sums(k);
+      if (k > 0) load_sums(k);
       if (row_of[k] < 0) continue;
       while (sum_x.Unsent(x_splits) || sum_z.Unsent(z_splits)) load_sums(k);
       const int row = row_of[k];
@@ -379,7 +401,46 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       value.Store(raw + row * kTermStride + dim);
       value.Store(store.conv + ((op.taps + nodes.first_pending + row) * op.channels + z_column));
     }
+    if (kOwn > 1) load_state(nodes.first_checkpoint, part);
     SyncThreads<kConsumers>();
+
+    // dt, B, eight stored rows a warp, and C; of the new nodes as other blocks send them.
+    const int stored = warp * 8 + octet;
+    const T* b_from = store.b + (stored * b_width + group * ds + quad * 8);
+    const char* b_sent = op.sent + (stored - new_rows) * op.sent_bytes +
+                         (group * ds + quad * 8) * static_cast<int>(sizeof(T));
+    const bool receives = stored >= new_rows && stored < end_rows;
+    const char* c_sent = op.sent + (b_width + group * ds) * static_cast<int>(sizeof(T));
+    const char* dt_sent = op.sent + 2 * b_width * static_cast<int>(sizeof(T)) + head * 4;
+    constexpr int kPer16 = 16 / sizeof(T);
+    const int vectors = ds / kPer16;
+    RowVector<T> b[kBlocksAhead];
+    uint4 c_here;
+    float dt_here;
+    const auto load_sent = [&](int i) {
+      const int r = i / vectors, n = i - r * vectors;
+      dt_here = LoadSent(reinterpret_cast<const float*>(dt_sent + i * op.sent_bytes), i < rows);
+      c_here = LoadSentBits(c_sent + r * op.sent_bytes + n * 16, r < rows);
+      if (i != tid) return;
+#pragma unroll
+      for (int k = 0; k < kBlocksAhead; ++k) {
+        if (k * 32 >= ds) break;
+        if (receives) {
+          b[k].LoadSent(reinterpret_cast<const T*>(b_sent) + k * 32);
+        } else {
+          b[k].LoadGlobal(b_from + k * 32, stored < new_rows);
+        }
+      }
+    };
+    const auto arrived = [&](int i) {
+      bool unsent = IsUnsent<T>(c_here) || IsUnsent(dt_here);
+      if (receives && i == tid) {
+#pragma unroll
+        for (int k = 0; k < kBlocksAhead; ++k) unsent |= k * 32 < ds && b[k].Unsent();
+      }
+      return !unsent;
+    };
+    if (kOwn == 1) load_sent(tid);  // else it would not fit the registers
 
     // Convolution along ancestors.
     Vector<kVec> x[kOwn];
@@ -388,84 +449,70 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       const int row = row_of[k];
       if (row < 0) continue;
       Vector<kVec> sum = Vector<kVec>::Load(conv + (kMaxTaps + 1) * kSliceDims + dim);
+      Vector<kVec> inputs[kMaxTaps + 1];
+#pragma unroll
+      for (int m = 0; m <= kMaxTaps; ++m) {
+        const int tap = m == 0 ? row : nodes.taps[row][m - 1], earlier = -2 - tap;
+        // Rows of the prefix, or zeros.
+        const float* from =
+            conv + (earlier < 0 ? kConvRows + 1 : kMaxTaps + 2 + earlier) * kSliceDims;
+        if (tap >= 0) from = raw + tap * kTermStride;
+        if (earlier >= op.taps) {
+          inputs[m] = Vector<kVec>::LoadNew(store.conv + (earlier * op.channels + z_column));
+        } else {
+          inputs[m] = Vector<kVec>::Load(from + dim);
+        }
+      }
 #pragma unroll
       for (int m = kMaxTaps; m >= 0; --m) {
-        const int tap = m == 0 ? row : nodes.taps[row][m - 1], earlier = -2 - tap;
-        if (m > op.taps || tap == -1) continue;
-        const float* from = raw + tap * kTermStride;
-        if (tap < 0) {
-          from = earlier < op.taps ? conv + (kMaxTaps + 2 + earlier) * kSliceDims
-                                   : store.conv + (earlier * op.channels + first_column);
-        }
-        const Vector<kVec> input = Vector<kVec>::Load(from + dim);
+        if (m > op.taps) continue;
         const Vector<kVec> weight = Vector<kVec>::Load(conv + m * kSliceDims + dim);
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) sum.v[v] = fmaf(weight.v[v], input.v[v], sum.v[v]);
+        for (int v = 0; v < kVec; ++v) sum.v[v] = fmaf(weight.v[v], inputs[m].v[v], sum.v[v]);
       }
 #pragma unroll
       for (int v = 0; v < kVec; ++v) x[k].v[v] = Silu(sum.v[v]);
     }
-    // dt, B, eight stored rows a warp, and C; of the new nodes as other blocks send them.
-    const int stored = warp * 8 + octet;
-    const T* b_from = store.b + (stored * b_width + group * ds + quad * 8);
-    const char* b_sent = op.sent + (stored - new_rows) * op.sent_bytes +
-                         (group * ds + quad * 8) * static_cast<int>(sizeof(T));
-    const bool receives = stored >= new_rows && stored < end_rows;
-    RowVector<T> b[kBlocksAhead];
-    {
-#pragma unroll
-      for (int i = 0; i < kBlocksAhead; ++i) {
-        b[i].LoadGlobal(b_from + i * 32, stored < new_rows && i * 32 < ds);
-      }
-      const char* c_sent = op.sent + (b_width + group * ds) * static_cast<int>(sizeof(T));
-      constexpr int kPer16 = 16 / sizeof(T);
-      const int vectors = ds / kPer16;
-      const char* dt_sent = op.sent + 2 * b_width * static_cast<int>(sizeof(T)) + head * 4;
+    // Now what was sent is there, or comes.
 #pragma unroll 1
-      for (int i = tid; i == tid || i < rows * vectors; i += kConsumers) {
+    for (int i = tid; i == tid || i < rows * vectors; i += kConsumers) {
+      if (kOwn > 1 || i != tid) load_sent(i);
+      while (!arrived(i)) load_sent(i);
+      if (i < rows * vectors) {
         const int r = i / vectors, n = i - r * vectors;
-        uint4 v;
-        float dt;
-        bool here;
-        do {
-          dt = LoadSent(reinterpret_cast<const float*>(dt_sent + i * op.sent_bytes), i < rows);
-          v = LoadSentBits(c_sent + r * op.sent_bytes + n * 16, r < rows);
-          here = !IsUnsent<T>(v) && !IsUnsent(dt);
-          if (receives && i == tid) {
-#pragma unroll
-            for (int k = 0; k < kBlocksAhead; ++k) {
-              if (k * 32 < ds) here &= b[k].Receive(reinterpret_cast<const T*>(b_sent) + k * 32);
-            }
-          }
-        } while (!here);
-        if (r < rows) *reinterpret_cast<uint4*>(c + r * c_stride + n * kPer16) = v;
-        if (i < rows) dts[i] = dt;
+        *reinterpret_cast<uint4*>(c + r * c_stride + n * kPer16) = c_here;
       }
+      if (i < rows) dts[i] = dt_here;
     }
     CopiesWait();
     SyncThreads<kConsumers>();
 
     const float* norm_weights = conv + kConvRows * kSliceDims;
-    // Log decays along the path, from the start of the node's aligned segment: a row a thread, few
-    // of each warp.
+    const float* d_and_a = conv + (kConvRows + 2) * kSliceDims;
+    // Log decays along the path, each from the start of its aligned segment, and the one at the end
+    // of the segment before the node's: a row a thread, few of each warp.
     {
       const int row = warp + lane * kConsumerWarps;
       if (row < rows) {
-        const int t = nodes.position[row];
+        const int t = nodes.position[row], start = nodes.checkpoint[row];
         const int segment = t / kSegment * kSegment;
-        const float a = norm_weights[kSliceDims + 1];
-        const int from = max(segment, prefix);
-        float l = segment < prefix ? decay[(prefix - 1) % kRing] : 0.0f;
+        const float a = d_and_a[1];
+        const int from = max(start, prefix);
+        float l = start < prefix ? decay[(prefix - 1) % kRing] : 0.0f;
+        float at_boundary =
+            segment > start && segment < prefix ? decay[(segment - 1) % kRing] : 0.0f;
         const uint8_t* path = nodes.path[row] - prefix;
 #pragma unroll 4
         for (int position = from; position <= t; ++position) {
           // Of the earlier pending nodes the stored value is the sum so far.
           const int node = path[position] - nodes.first_pending;
           const float stored_l = decay[node < 0 ? new_rows + node : 0];
+          if (position == segment && segment > start) at_boundary = l;
           const float next = fmaf(dts[max(node, 0)], a, position % kSegment == 0 ? 0.0f : l);
           l = node < 0 ? stored_l : next;
         }
         decay[new_rows + row] = l;
+        boundary[row] = at_boundary;
         if (first_dim == 0) store.l[(new_rows + row) * op.heads + head] = l;
       }
     }
@@ -482,8 +529,9 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
           if (first > 0) {
             b[i].LoadGlobal(b_from + n, stored < new_rows);
             if (stored >= new_rows && stored < end_rows) {
-              while (!b[i].Receive(reinterpret_cast<const T*>(b_sent) + n)) {
-              }
+              do {
+                b[i].LoadSent(reinterpret_cast<const T*>(b_sent) + n);
+              } while (b[i].Unsent());
             }
           }
           FragmentB<T> second[2];
@@ -573,14 +621,14 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
         const int start = nodes.checkpoint[row];
         const int segment = nodes.position[row] / kSegment * kSegment;
         const float node_decay = decay[new_rows + row];
-        const float boundary = segment > start ? decay[stored_row(row, segment - 1)] : 0.0f;
+        const float at_boundary = boundary[row];
         const uint64_t mask = nodes.path_mask[row];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int position = positions[half];
           const int pending = warp * 8 + quad * 2 + half - kRing;
           const bool on_path = pending < 0 || (mask >> (pending & 63) & 1) != 0;
-          const float exponent = position < segment ? (boundary - decays[half]) + node_decay
+          const float exponent = position < segment ? (at_boundary - decays[half]) + node_decay
                                                     : node_decay - decays[half];
           if (position >= start && on_path) {
             weights[row * kWeightStride + position - start] =
@@ -639,7 +687,7 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       }
       const int segment = nodes.position[row] / kSegment * kSegment;
       float exponent = decay[new_rows + row];
-      if (segment > nodes.checkpoint[row]) exponent += decay[stored_row(row, segment - 1)];
+      if (segment > nodes.checkpoint[row]) exponent += boundary[row];
       const float state_decay = expf(exponent);
 #pragma unroll
       for (int v = 0; v < kVec; ++v) y[k][v] = sum.v[v] * state_decay;
@@ -655,25 +703,49 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       row_weights[k] = weights + row * kWeightStride - nodes.checkpoint[row];
     }
     const int whole = prefix / 4 * 4;
-#pragma unroll(kVec < 4 ? 4 : 2)
-    for (int position = nodes.first_checkpoint; position < whole; position += 4) {
+    int shared_from = row_of[0] < 0 ? whole : starts[0];
+    const auto add_four = [&](int k, int position, const Vector<kVec>(&u)[4]) {
+      const Vector<4> w = Vector<4>::Load(row_weights[k] + position);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) y[k][v] = fmaf(w.v[i], u[i].v[v], y[k][v]);
+      }
+    };
+    const auto load_four = [&](int position, Vector<kVec>(&u)[4]) {
       const float* from = ring_u + position % kRing * kSliceDims + dim;
-      Vector<kVec> u[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) u[i] = Vector<kVec>::Load(from + i * kSliceDims);
+    };
+    if constexpr (kOwn > 1) {
+      // Positions that only some of the thread's rows begin with.
+      if (row_of[0] >= 0) {
 #pragma unroll
-      for (int k = 0; k < kOwn; ++k) {
-        if (position < starts[k]) continue;
-        const Vector<4> w = Vector<4>::Load(row_weights[k] + position);
+        for (int k = 1; k < kOwn; ++k) {
+          if (row_of[k] >= 0) shared_from = max(shared_from, starts[k]);
+        }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-#pragma unroll
-          for (int v = 0; v < kVec; ++v) y[k][v] = fmaf(w.v[i], u[i].v[v], y[k][v]);
+        for (int k = 0; k < kOwn; ++k) {
+#pragma unroll 1
+          for (int position = starts[k]; position < min(shared_from, whole); position += 4) {
+            Vector<kVec> u[4];
+            load_four(position, u);
+            add_four(k, position, u);
+          }
         }
       }
     }
+#pragma unroll(kVec < 4 ? 4 : 2)
+    for (int position = shared_from; position < whole; position += 4) {
+      Vector<kVec> u[4];
+      load_four(position, u);
+#pragma unroll
+      for (int k = 0; k < kOwn; ++k) {
+        if (k == 0 || row_of[k] >= 0) add_four(k, position, u);
+      }
+    }
     // Then each node's own, skip, gate and the norm's weights.
-    const float skip = norm_weights[kSliceDims];
+    const float skip = d_and_a[0];
     const int heads_per_norm = op.norm_groups == 1 ? op.heads : op.heads / op.norm_groups;
     const int norm_group = op.norm_groups == 1 ? 0 : head / heads_per_norm;
     const int place = norm_group * op.group_columns +
@@ -695,14 +767,22 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
 #pragma unroll
           for (int v = 0; v < kVec; ++v) y[k][v] = fmaf(w, u.v[v], y[k][v]);
         }
-        float square[4] = {};
+        float square[4] = {}, out[4] = {};
 #pragma unroll
         for (int v = 0; v < kVec; ++v) {
           if (dim + v >= dims) continue;
           const float value = __fmul_rn(fmaf(skip, x[k].v[v], y[k][v]), gate[k].v[v]);
           square[v] = __fmul_rn(value, value);
-          static_cast<T*>(op.act)[ActIndex<T>(kRows, row, place + v)] =
-              FromFloat<T>(__fmul_rn(value, norm_weights[dim + v]));
+          out[v] = __fmul_rn(value, norm_weights[dim + v]);
+        }
+        if (kVec == 4 && op.head_dim % 4 == 0) {
+          StoreAct4<T>(op.act, kRows, row, place, make_float4(out[0], out[1], out[2], out[3]));
+        } else {
+#pragma unroll
+          for (int v = 0; v < kVec; ++v) {
+            if (dim + v >= dims) continue;
+            static_cast<T*>(op.act)[ActIndex<T>(kRows, row, place + v)] = FromFloat<T>(out[v]);
+          }
         }
         // One tree over 32 dimensions, however they are spread over threads.
         squares = __fadd_rn(__fadd_rn(square[0], square[1]), __fadd_rn(square[2], square[3]));
@@ -754,11 +834,6 @@ __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes,
         prefetch(store.checkpoints[position / kSegment % 2] + tile, 1, 0, tile_bytes);
       }
     }
-    const int channel = head * op.padded_head + first_dim;
-    prefetch(store.u + channel, kRing, int64_t{width} * 4, dims * 4);
-    prefetch(store.l + head, kRing + nodes.first_pending, int64_t{op.heads} * 4, 4);
-    prefetch(op.norm_weight + channel, 1, 0, dims * 4);
-    prefetch_conv(channel, dims);
     // Rows of B, that all heads of a group read, are shared among the tasks.
     const int tasks = op.heads * op.slices;
     for (int r = task; r < kRing; r += tasks) {

@@ -31,7 +31,7 @@ namespace canopy::cuda {
 inline constexpr int kSlotBytes = 32 << 10;
 template <typename T, int kRowTiles>
 inline constexpr int kSlots = sizeof(T) == 4   ? 2
-                              : kRowTiles == 1 ? 5
+                              : kRowTiles <= 2 ? 5
                                                : 4;
 // A slot is filled in pieces.
 inline constexpr int kPieces = 4;
@@ -53,6 +53,9 @@ inline constexpr int kUnitBytes = kUnitRows * 16 * static_cast<int>(sizeof(T));
 inline constexpr int kMostTileSubs = kConsumerWarps / 4;
 inline constexpr int kMostSplits = 16;
 inline constexpr int kMostNormGroups = 16;
+
+// What a product uses of the operators' shared memory: the ring of activations, factors of norms.
+inline constexpr int kMatmulWorkBytes = kActRingBytes + 4 * kMaxRows * kMostNormGroups;
 
 struct MatmulOp {
   const void* weights = nullptr;

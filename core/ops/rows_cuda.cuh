@@ -33,6 +33,7 @@ struct EmbedOp {
 // the next one.
 struct ResidualOp {
   Partials partials;
+  RowNorm norm;  // of the product's input, in one group
   const float* bias = nullptr;
   float* x = nullptr;
   int columns = 0;
@@ -303,7 +304,7 @@ __device__ __forceinline__ void Embed(const EmbedOp& shared_op, const PassNodes&
 
 template <typename T>
 __device__ __forceinline__ void Residual(const ResidualOp& shared_op, const PassNodes& nodes,
-                                         const float* factors, int bucket_rows) {
+                                         int bucket_rows) {
   const ResidualOp op = shared_op;
   if (op.unsend != nullptr) {
 #pragma unroll 1
@@ -318,10 +319,12 @@ __device__ __forceinline__ void Residual(const ResidualOp& shared_op, const Pass
     float4 x = LoadNew4(at, active);
     const float4 w = LoadWeight4(op.next.weight + column, active);
     const float4 bias = LoadWeight4(op.bias + column, active && op.bias != nullptr);
+    RowFactor row_factor;
+    row_factor.Load(op.norm, row);
     const int valid = min(4, op.columns - column);
     Sum4<8> partials;
     partials.Load(op.partials, row, column, active && valid > 0);
-    const float f = factors[row];
+    const float f = row_factor.Finish(op.norm, row);
     while (partials.Unsent(splits, valid)) partials.Load(op.partials, row, column, true);
     const float4 sum = partials.Finish(op.partials, row, column, splits, valid);
     x = make_float4(fmaf(f, sum.x, x.x) + bias.x, fmaf(f, sum.y, x.y) + bias.y,
