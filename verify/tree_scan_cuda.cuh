@@ -127,6 +127,10 @@ __device__ __forceinline__ void ScanInputs(const ScanOp& op, const PassNodes& no
   const int column = begin + own, sum_column = 2 * width + column, channel = width + column;
   const bool active = first_row < step && column < 2 * states + op.heads;
   const bool is_dt = column >= 2 * states, in_conv = active && !is_dt;
+  // Everything is asked for at once.
+  const int splits = active ? Splits(op.partials, sum_column) : 0;
+  Sum1<> sum;
+  sum.Load(op.partials, first_row, sum_column, active && first_row < rows);
   float weights[kMaxTaps + 1], first_inputs[kMaxTaps];
   const float* bias = is_dt ? op.dt_bias + (column - 2 * states) : op.conv_bias + channel;
   const float own_bias = LoadWeight(bias, active);
@@ -142,13 +146,10 @@ __device__ __forceinline__ void ScanInputs(const ScanOp& op, const PassNodes& no
     const int tap = first_row < rows ? nodes.taps[first_row][m] : -1;
     first_inputs[m] = LoadNew(conv + (-2 - tap) * op.channels, in_conv && tap <= -2);
   }
-  const int splits = active ? Splits(op.partials, sum_column) : 0;
 #pragma unroll 1
   for (int row = first_row; active && row < rows; row += step) {
-    Sum1<> sum;
-    do {
-      sum.Load(op.partials, row, sum_column, true);
-    } while (sum.Unsent(splits));
+    if (row != first_row) sum.Load(op.partials, row, sum_column, true);
+    while (sum.Unsent(splits)) sum.Load(op.partials, row, sum_column, true);
     const float value =
         fmaf(factors[row], sum.Finish(op.partials, row, sum_column, splits), in_bias);
     if (is_dt) {

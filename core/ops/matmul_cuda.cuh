@@ -368,21 +368,42 @@ struct RowFactor {
 };
 
 // Factors of rows `warp`, `warp` + `warps` and so on of a norm of one group, into [kMaxRows] in
-// shared memory, by the whole warp.
-__device__ inline void HelpRowFactors(const RowNorm& norm, int rows, int warp, int warps,
-                                      float* factors) {
-  constexpr int kBatch = 4;
+// shared memory, by the whole warp. All blocks read the same squares at once, so a row is one read
+// of neighbours: a row a thread took 2 us longer, and held up everybody else's reads.
+template <int kBatch, typename Load>
+__device__ inline void HelpRows(const RowNorm& norm, int rows, int warp, int warps, float* factors,
+                                const Load& load) {
 #pragma unroll 1
   for (int first = warp; first < rows; first += kBatch * warps) {
-    RowFactor factor[kBatch];
+    float sums[kBatch];
 #pragma unroll
-    for (int n = 0; n < kBatch; ++n) factor[n].Load(norm, min(first + n * warps, rows - 1));
+    for (int n = 0; n < kBatch; ++n) sums[n] = load(min(first + n * warps, rows - 1));
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) sums[n] = WarpSum(sums[n]);
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
-      const int row = min(first + n * warps, rows - 1);
-      const float f = factor[n].Finish(norm, row);
-      if (threadIdx.x % 32 == 0) factors[row] = f;
+      if (threadIdx.x % 32 == 0) {
+        factors[min(first + n * warps, rows - 1)] =
+            rsqrtf(fmaf(sums[n], norm.inverse_width, norm.eps));
+      }
     }
+  }
+}
+__device__ inline void HelpRowFactors(const RowNorm& norm, int rows, int warp, int warps,
+                                      float* factors) {
+  const int lane = threadIdx.x % 32;
+  if (norm.count <= 32) {
+    HelpRows<8>(norm, rows, warp, warps, factors, [&](int row) {
+      return LoadNew(norm.squares + row * norm.count + lane, lane < norm.count);
+    });
+  } else {
+    HelpRows<1>(norm, rows, warp, warps, factors, [&](int row) {
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int k = lane; k < norm.count; k += 32)
+        sum += LoadNew(norm.squares + row * norm.count + k);
+      return sum;
+    });
   }
 }
 
