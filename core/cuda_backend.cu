@@ -117,4 +117,19 @@ absl::Status CudaBackend::Synchronize() {
   return CudaStatus(cudaStreamSynchronize(stream_), "waiting for the device");
 }
 
+absl::Status CudaBackend::Await(uint32_t* number, uint32_t value) {
+  const std::atomic_ref<uint32_t> there(*number);
+  for (int tries = 1; there.load(std::memory_order_acquire) != value; ++tries) {
+    // An error would never write it.
+    if (tries % 4096 != 0) continue;
+    const cudaError_t error = cudaStreamQuery(stream_);
+    if (error == cudaErrorNotReady) continue;
+    RETURN_IF_CUDA_ERROR(error, "waiting for the device");
+    if (there.load(std::memory_order_acquire) != value) {
+      return absl::InternalError("the device is done and has not said so");
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace canopy

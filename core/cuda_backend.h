@@ -40,6 +40,13 @@ class CudaBackend final : public Backend {
   absl::Status ToDevice(void* to, const void* from, size_t bytes);
   absl::Status ToHost(void* to, const void* from, size_t bytes);
   absl::Status Synchronize();
+  // Waits until a number in pinned memory, which what was launched last writes, has become `value`:
+  // some microseconds faster than Synchronize.
+  absl::Status Await(uint32_t* number, uint32_t value);
+
+  // Seconds that the device has worked on passes, by its own clock.
+  double device_seconds() const { return device_seconds_; }
+  void AddDeviceSeconds(double seconds) { device_seconds_ += seconds; }
 
  private:
   CudaBackend() = default;
@@ -52,6 +59,7 @@ class CudaBackend final : public Backend {
   int shared_bytes_ = 0;
   size_t cache_bytes_ = 0;
   cudaStream_t stream_ = nullptr;
+  double device_seconds_ = 0.0;
   std::atomic<size_t> bytes_in_use_{0};
   std::atomic<size_t> peak_bytes_{0};
   std::atomic<uint64_t> allocations_{0};

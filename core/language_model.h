@@ -92,6 +92,9 @@ class LanguageModel {
   // state or workspace hold.
   virtual absl::StatusOr<ForwardResult> Forward(std::span<const ForwardItem> items,
                                                 Workspace& workspace) const = 0;
+  // Seconds that the model's device has worked on passes so far, by its own clock, with those of
+  // other models on it; 0 where it is the host.
+  virtual double DeviceSeconds() const { return 0.0; }
 
  private:
   friend class DecodeState;

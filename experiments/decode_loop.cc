@@ -64,6 +64,7 @@ PhaseSeconds& PhaseSeconds::operator+=(const PhaseSeconds& other) {
   accept += other.accept;
   commit += other.commit;
   total += other.total;
+  device += other.device;
   return *this;
 }
 
@@ -195,6 +196,7 @@ absl::Status DecodeLoop::DecodeOne(const DecodeRequest& request, Generation* out
 absl::Status DecodeLoop::Round(const DecodeRequest& request, int max_depth, Generation* out,
                                bool* done) {
   PhaseTimer timer;
+  const double device_before = target_->DeviceSeconds();
   if (request.max_nodes > 1 && max_depth > 0) {
     DraftContext context;
     context.tokens = tokens_;
@@ -235,6 +237,7 @@ absl::Status DecodeLoop::Round(const DecodeRequest& request, int max_depth, Gene
 
   RETURN_IF_ERROR(state_->Commit(accepted_.path));
   timer.AddTo(&out->seconds.commit);
+  out->seconds.device += target_->DeviceSeconds() - device_before;
 
   // The path below node 0 and the target's own token, up to the end of the text.
   const size_t first = tokens_.size();

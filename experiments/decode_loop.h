@@ -34,6 +34,10 @@ struct PhaseSeconds {
   double accept = 0;
   double commit = 0;
   double total = 0;  // of the whole call: the phases and what lies between them
+  // Of draft, verify, accept and commit: that a device of its own worked on passes, by its clock.
+  double device = 0;
+
+  double rounds() const { return draft + verify + accept + commit; }
 
   PhaseSeconds& operator+=(const PhaseSeconds& other);
 };

@@ -165,7 +165,8 @@ absl::StatusOr<std::string> RecordLine(const QuestionRecord& record, const Recor
                        {"verify", s.verify},
                        {"accept", s.accept},
                        {"commit", s.commit},
-                       {"total", s.total}}}});
+                       {"total", s.total},
+                       {"device", s.device}}}});
   }
   out["turns"] = std::move(turns);
   out["by_depth"] = CountsJson(record.by_depth);
@@ -213,7 +214,8 @@ absl::StatusOr<QuestionRecord> ParseRecordLine(std::string_view line, RecordCont
       const json& s = t.at("seconds");
       turn.seconds = {s.at("prefill").get<double>(), s.at("draft").get<double>(),
                       s.at("verify").get<double>(),  s.at("accept").get<double>(),
-                      s.at("commit").get<double>(),  s.at("total").get<double>()};
+                      s.at("commit").get<double>(),  s.at("total").get<double>(),
+                      s.value("device", 0.0)};
       record.turns.push_back(std::move(turn));
     }
     record.by_depth = CountsFrom(in.at("by_depth"));

@@ -298,6 +298,10 @@ std::string ArmTable(const ArmReport& report) {
                   Percent(s.draft, s.total), ", verify ", Percent(s.verify, s.total), ", accept ",
                   Percent(s.accept, s.total), ", commit ", Percent(s.commit, s.total), ", rest ",
                   Percent(rest, s.total), "\n");
+  if (s.device > 0) {
+    absl::StrAppend(&text, "  the device was at work in ", Percent(s.device, s.rounds()),
+                    " of the time of draft, verify, accept and commit\n");
+  }
   const CorrectnessGate& gate = report.gate;
   if (gate.red()) {
     absl::StrAppend(&text, "  NOT EQUAL to plain decoding in ", gate.different, " of ",
@@ -358,7 +362,7 @@ std::string ReportCsv(std::span<const ArmReport> reports) {
     header.push_back(name);
   }
   // Counts and phases are of the whole arm and stand in its "overall" row.
-  for (const char* name : {"prefill", "draft", "verify", "accept", "commit", "total"}) {
+  for (const char* name : {"prefill", "draft", "verify", "accept", "commit", "total", "device"}) {
     header.push_back(absl::StrCat(name, "_seconds"));
   }
   for (size_t i = 0; i < depths; ++i) {
@@ -396,7 +400,7 @@ std::string ReportCsv(std::span<const ArmReport> reports) {
       }
       if (row.category == kOverall) {
         const PhaseSeconds& s = report.seconds;
-        for (double value : {s.prefill, s.draft, s.verify, s.accept, s.commit, s.total}) {
+        for (double value : {s.prefill, s.draft, s.verify, s.accept, s.commit, s.total, s.device}) {
           fields.push_back(number(value));
         }
         const auto counts = [&](const std::vector<NodeCounts>& list, size_t size) {

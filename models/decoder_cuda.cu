@@ -25,8 +25,6 @@ constexpr int kBucketRows[kBuckets] = {8, 16, 32, 64};
 // norms (of as many groups of columns as fit).
 constexpr int kLeastWorkBytes = cuda::kMatmulWorkBytes;
 static_assert(4 * cuda::kConsumerWarps * cuda::kMaxHeadDim <= kLeastWorkBytes);
-// Passes in flight at most: each has its own description of its nodes.
-constexpr int kInFlight = 16;
 
 // Random weights for synthetic models: uniform with the variance 1 / columns, from a hash of the
 // element's place, so that they are the same on every device of one size.
@@ -141,9 +139,8 @@ class Storage final : public StateStorage {
 class CudaWorkspace final : public Workspace {
  public:
   ~CudaWorkspace() override {
-    if (nodes_host != nullptr) cudaFreeHost(nodes_host);
     if (logits_host != nullptr) cudaFreeHost(logits_host);
-    if (selected_host != nullptr) cudaFreeHost(selected_host);
+    if (result != nullptr) cudaFreeHost(result);
   }
   // On the device.
   size_t bytes() const override { return memory.bytes() + tables.bytes(); }
@@ -154,21 +151,20 @@ class CudaWorkspace final : public Workspace {
   cuda::Op* ops[kBuckets] = {};
   cuda::MatmulOp* products[kBuckets] = {};  // of those
   int product_count = 0;
-  std::vector<std::string> names;         // of the operators, the same in every bucket
-  std::vector<int> barriers;              // before each operator, and of all
-  cuda::PassNodes* nodes = nullptr;       // [kInFlight]
-  cuda::PassNodes* nodes_host = nullptr;  // [kInFlight], pinned
-  int next_nodes = 0;
+  std::vector<std::string> names;  // of the operators, the same in every bucket
+  std::vector<int> barriers;       // before each operator, and of all
   uint32_t* counter = nullptr;
   uint32_t counter_base = 0;
   float* logits = nullptr;  // [kMaxRows][ld]
   int logits_ld = 0;
-  cuda::Selected* selected = nullptr;
   int64_t* clocks = nullptr;
 
   float* logits_host = nullptr;  // [logits_rows][padded vocab], pinned
   int logits_rows = 0;
-  cuda::Selected* selected_host = nullptr;
+  cuda::PassResult* result = nullptr;  // pinned
+  uint64_t* device_ns = nullptr;
+  uint32_t passes = 0;      // launched
+  uint64_t counted_ns = 0;  // of device_ns, that the backend knows of
   std::vector<TokenId> top;
   std::vector<int> first_row;
   TreePlan plan;
@@ -176,6 +172,7 @@ class CudaWorkspace final : public Workspace {
   // The last pass, for Repeat.
   int last_bucket = -1;
   cuda::PassArguments last;
+  cuda::PassNodes last_nodes = {};
 };
 
 // Cuts one allocation into aligned pieces: first all are asked for, then placed.
@@ -211,6 +208,7 @@ class CudaDecoder final : public CudaModel {
   absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(int max_rows) const override;
   absl::StatusOr<ForwardResult> Forward(std::span<const ForwardItem> items,
                                         Workspace& workspace) const override;
+  double DeviceSeconds() const override { return cuda_.device_seconds(); }
   size_t PassBytes(int nodes, int context) const override;
   absl::StatusOr<std::vector<double>> Repeat(Workspace& workspace, int repetitions) const override;
   absl::StatusOr<std::vector<OperatorTime>> Breakdown(Workspace& workspace) const override;
@@ -292,6 +290,8 @@ class CudaDecoder final : public CudaModel {
                  std::span<const TokenId> tokens, CudaWorkspace& ws, cuda::PassNodes* nodes) const;
   absl::Status RunPass(DecodeState& state, std::span<const TokenId> tokens, int first_pending,
                        bool chain, bool head, int top, CudaWorkspace& ws) const;
+  // Waits for the pass that was launched last.
+  absl::Status AwaitPass(CudaWorkspace& ws) const;
   // Runs ws.last, with a clock at every operator if `clocks` is not null.
   absl::Status Launch(CudaWorkspace& ws, int64_t* clocks = nullptr) const;
   Storage<T>& StorageOf(DecodeState& state) const {
@@ -867,8 +867,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   for (int stage : {0, 1}) {
     cuda::Op op;
     op.kind = cuda::OpKind::kSelect;
-    op.select = {ws.logits,        head_.op.ld, spec_.info.vocab_size, stage, at.select_values,
-                 at.select_tokens, ws.selected};
+    op.select = {ws.logits,        head_.op.ld,      spec_.info.vocab_size, stage,
+                 at.select_values, at.select_tokens, &ws.result->selected};
     ops.push_back(op);
   }
   names->clear();
@@ -890,6 +890,9 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
   }
   auto ws = std::make_unique<CudaWorkspace>();
   ws->max_rows = max_rows;
+  RETURN_IF_CUDA_ERROR(cudaMallocHost(&ws->result, sizeof(cuda::PassResult)),
+                       "allocating pinned memory");
+  *ws->result = {};
   ws->logits_ld = head_.op.ld;
   Places places;
   Pieces pieces;
@@ -911,9 +914,8 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
     tables.Add(&ws->ops[b], op_count);
     tables.Add(&ws->products[b], ws->product_count);
   }
-  tables.Add(&ws->nodes, kInFlight);
   tables.Add(&ws->counter, 64);
-  tables.Add(&ws->selected, 1);
+  tables.Add(&ws->device_ns, 1);
   tables.Add(&ws->clocks, op_count + 1);
   ASSIGN_OR_RETURN(ws->tables, tables.Place(cuda_));
   for (int b = 0; b < kBuckets; ++b) {
@@ -923,10 +925,6 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
     RETURN_IF_ERROR(
         cuda_.ToDevice(ws->products[b], products.data(), products.size() * sizeof(cuda::MatmulOp)));
   }
-  RETURN_IF_CUDA_ERROR(cudaMallocHost(&ws->nodes_host, kInFlight * sizeof(cuda::PassNodes)),
-                       "allocating pinned memory");
-  RETURN_IF_CUDA_ERROR(cudaMallocHost(&ws->selected_host, sizeof(cuda::Selected)),
-                       "allocating pinned memory");
   ws->plan.Reserve(kMaxRows);
   return ws;
 }
@@ -995,15 +993,7 @@ absl::Status CudaDecoder<T>::RunPass(DecodeState& state, std::span<const TokenId
                                      CudaWorkspace& ws) const {
   const int rows = static_cast<int>(tokens.size());
   const int bucket = BucketFor(rows);
-  const int slot = ws.next_nodes;
-  // Every place is free again once all passes so far are done.
-  if (slot == 0) RETURN_IF_ERROR(cuda_.Synchronize());
-  ws.next_nodes = (slot + 1) % kInFlight;
-  FillNodes(state, rows, first_pending, chain, top, tokens, ws, &ws.nodes_host[slot]);
-  RETURN_IF_CUDA_ERROR(
-      cudaMemcpyAsync(ws.nodes + slot, ws.nodes_host + slot, sizeof(cuda::PassNodes),
-                      cudaMemcpyHostToDevice, cuda_.stream()),
-      "copying a tree to the device");
+  FillNodes(state, rows, first_pending, chain, top, tokens, ws, &ws.last_nodes);
   int count = static_cast<int>(ws.names.size());
   if (!head) {
     count -= 3;
@@ -1015,7 +1005,6 @@ absl::Status CudaDecoder<T>::RunPass(DecodeState& state, std::span<const TokenId
   ws.last.op_count = count;
   ws.last.products = ws.products[bucket];
   ws.last.product_count = ws.product_count - (head ? 0 : 1);
-  ws.last.nodes = ws.nodes + slot;
   return Launch(ws);
 }
 
@@ -1025,10 +1014,22 @@ absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
   ws.last.counter_base = ws.counter_base;
   ws.last.stream_weights_once = stream_bytes_ > cuda_.cache_bytes() / 2;
   ws.last.clocks = clocks;
-  RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
-                                           cuda_.shared_bytes(), ws.last, cuda_.stream()),
-                       "launching a pass");
+  ws.last.result = ws.result;
+  ws.last.device_ns = ws.device_ns;
+  ws.last.number = ++ws.passes;
+  RETURN_IF_CUDA_ERROR(
+      cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
+                          cuda_.shared_bytes(), ws.last, ws.last_nodes, cuda_.stream()),
+      "launching a pass");
   ws.counter_base += static_cast<uint32_t>(ws.barriers[ws.last.op_count]) * cuda_.multiprocessors();
+  return absl::OkStatus();
+}
+
+template <typename T>
+absl::Status CudaDecoder<T>::AwaitPass(CudaWorkspace& ws) const {
+  RETURN_IF_ERROR(cuda_.Await(&ws.result->passes, ws.passes));
+  cuda_.AddDeviceSeconds(1e-9 * static_cast<double>(ws.result->device_ns - ws.counted_ns));
+  ws.counted_ns = ws.result->device_ns;
   return absl::OkStatus();
 }
 
@@ -1071,14 +1072,11 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
   // Rows [from, from + count) of the pass that was launched last become the result's next rows.
   const auto take = [&](int from, int count) -> absl::Status {
     if (top > 0) {
-      RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(ws.selected_host, ws.selected, sizeof(cuda::Selected),
-                                           cudaMemcpyDeviceToHost, cuda_.stream()),
-                           "copying tokens from the device");
-      RETURN_IF_ERROR(cuda_.Synchronize());
+      RETURN_IF_ERROR(AwaitPass(ws));
       for (int i = 0; i < count; ++i) {
         for (int k = 0; k < top; ++k) {
           ws.top[static_cast<size_t>(row + i) * top + k] =
-              TokenId(ws.selected_host->token[from + i][k]);
+              TokenId(ws.result->selected.token[from + i][k]);
         }
       }
     } else {
@@ -1127,7 +1125,8 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
     }
   }
   // Also where nothing is read: the caller's clock is to see this pass, and not the next one.
-  RETURN_IF_ERROR(cuda_.Synchronize());
+  RETURN_IF_ERROR(AwaitPass(ws));
+  if (top == 0 && wanted > 0) RETURN_IF_ERROR(cuda_.Synchronize());  // logits come in copies
   ForwardResult result;
   if (top == 0 && wanted > 0) result.logits = {ws.logits_host, wanted, vocab, stride};
   result.first_row = ws.first_row;
@@ -1277,20 +1276,18 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(const ProductSha
   const std::vector<cuda::MatmulOp> described = ProductsOf(ops);
   tables.Add(&device_ops, ops.size());
   tables.Add(&device_products, described.size());
-  tables.Add(&ws.nodes, 1);
   tables.Add(&ws.counter, 64);
   ASSIGN_OR_RETURN(ws.tables, tables.Place(cuda_));
   RETURN_IF_ERROR(cuda_.ToDevice(device_ops, ops.data(), ops.size() * sizeof(cuda::Op)));
   RETURN_IF_ERROR(
       cuda_.ToDevice(device_products, described.data(), described.size() * sizeof(cuda::MatmulOp)));
-  RETURN_IF_ERROR(cuda_.ToDevice(&ws.nodes->rows, &rows, sizeof(rows)));
+  ws.last_nodes.rows = rows;
   ws.barriers = BarriersBefore(ops);
   ws.last_bucket = bucket;
   ws.last.ops = device_ops;
   ws.last.op_count = static_cast<int>(ops.size());
   ws.last.products = device_products;
   ws.last.product_count = static_cast<int>(described.size());
-  ws.last.nodes = ws.nodes;
   ASSIGN_OR_RETURN(std::vector<double> times, Repeat(ws, repetitions));
   for (double& time : times) time /= products;
   return times;

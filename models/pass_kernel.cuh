@@ -62,11 +62,13 @@ struct PassArguments {
   // The products among them, for the threads that stream.
   const MatmulOp* products = nullptr;
   int product_count = 0;
-  const PassNodes* nodes = nullptr;
-  uint32_t* counter = nullptr;  // of the grid's barriers, monotonic
-  uint32_t counter_base = 0;    // its value before the pass
-  int stream_weights_once = 1;  // whether the weights are larger than the cache
-  int64_t* clocks = nullptr;    // [op_count + 1] of block 0, or null
+  uint32_t* counter = nullptr;   // of the grid's barriers, monotonic
+  uint32_t counter_base = 0;     // its value before the pass
+  int stream_weights_once = 1;   // whether the weights are larger than the cache
+  int64_t* clocks = nullptr;     // [op_count + 1] of block 0, or null
+  PassResult* result = nullptr;  // the host's
+  uint64_t* device_ns = nullptr;
+  uint32_t number = 0;  // of the pass: what PassResult::passes becomes
 };
 
 // Dynamic shared memory that a block asks for: all there is less what the driver keeps. Behind the
@@ -91,7 +93,7 @@ struct SharedLayout {
 // rows: of the bucket, 8, 16, 32 or 64. shared_bytes: all that a block may have.
 template <typename T>
 cudaError_t LaunchPass(int bucket_rows, int blocks, int shared_bytes,
-                       const PassArguments& arguments, cudaStream_t stream);
+                       const PassArguments& arguments, const PassNodes& nodes, cudaStream_t stream);
 template <typename T>
 cudaError_t PreparePass(int shared_bytes);
 template <typename T>

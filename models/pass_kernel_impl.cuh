@@ -22,6 +22,8 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
                                         uint32_t* finished, const uint32_t* helped, char* shared) {
   using Layout = SharedLayout<T, kRowTiles>;
   uint32_t barrier = arguments.counter_base;
+  const bool reports = arguments.result != nullptr && blockIdx.x == 0 && threadIdx.x == 0;
+  const uint64_t began = reports ? DeviceClock() : 0;
   if (arguments.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     arguments.clocks[0] = clock64();
   }
@@ -98,6 +100,11 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
     SyncThreads<kConsumers>();
     take_op(i + 1);
   }
+  if (reports) {  // after the last operator's barrier
+    *arguments.device_ns += DeviceClock() - began;
+    arguments.result->device_ns = *arguments.device_ns;
+    StoreReleaseSystem(&arguments.result->passes, arguments.number);
+  }
 }
 
 // What the warps that help do: while an operator runs, they bring the next one's description into
@@ -150,7 +157,8 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
 }
 
 template <typename T, int kRowTiles>
-__global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arguments) {
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    PassKernel(PassArguments arguments, const __grid_constant__ PassNodes given) {
   extern __shared__ __align__(128) char shared[];
   using Layout = SharedLayout<T, kRowTiles>;
   uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + Layout::kRing);
@@ -179,8 +187,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
     FenceProxyAsync();
   }
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(PassNodes) / 4); i += kBlockThreads) {
-    reinterpret_cast<uint32_t*>(nodes)[i] =
-        __ldcg(reinterpret_cast<const uint32_t*>(arguments.nodes) + i);
+    reinterpret_cast<uint32_t*>(nodes)[i] = reinterpret_cast<const uint32_t*>(&given)[i];
   }
   __syncthreads();
 
@@ -217,24 +224,26 @@ __global__ void __launch_bounds__(kBlockThreads, 1) PassKernel(PassArguments arg
 }
 
 template <typename T, int kRowTiles>
-cudaError_t Launch(int blocks, int shared_bytes, PassArguments arguments, cudaStream_t stream) {
-  void* parameters[] = {&arguments};
+cudaError_t Launch(int blocks, int shared_bytes, PassArguments arguments, const PassNodes& nodes,
+                   cudaStream_t stream) {
+  void* parameters[] = {&arguments, const_cast<PassNodes*>(&nodes)};
   return cudaLaunchCooperativeKernel(PassKernel<T, kRowTiles>, dim3(blocks), dim3(kBlockThreads),
                                      parameters, shared_bytes, stream);
 }
 
 template <typename T>
 cudaError_t LaunchPass(int bucket_rows, int blocks, int shared_bytes,
-                       const PassArguments& arguments, cudaStream_t stream) {
+                       const PassArguments& arguments, const PassNodes& nodes,
+                       cudaStream_t stream) {
   switch (bucket_rows) {
     case 8:
-      return Launch<T, 1>(blocks, shared_bytes, arguments, stream);
+      return Launch<T, 1>(blocks, shared_bytes, arguments, nodes, stream);
     case 16:
-      return Launch<T, 2>(blocks, shared_bytes, arguments, stream);
+      return Launch<T, 2>(blocks, shared_bytes, arguments, nodes, stream);
     case 32:
-      return Launch<T, 4>(blocks, shared_bytes, arguments, stream);
+      return Launch<T, 4>(blocks, shared_bytes, arguments, nodes, stream);
     case 64:
-      return Launch<T, 8>(blocks, shared_bytes, arguments, stream);
+      return Launch<T, 8>(blocks, shared_bytes, arguments, nodes, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -269,7 +278,8 @@ cudaError_t LaunchFold(const CommitLayer<T>* layers, const FoldShape* shapes, in
 }
 
 #define CANOPY_INSTANTIATE_PASS(T)                                                                \
-  template cudaError_t LaunchPass<T>(int, int, int, const PassArguments&, cudaStream_t);          \
+  template cudaError_t LaunchPass<T>(int, int, int, const PassArguments&, const PassNodes&,       \
+                                     cudaStream_t);                                               \
   template cudaError_t PreparePass<T>(int);                                                       \
   template cudaError_t LaunchCommit<T>(const CommitLayer<T>*, int, const CommitPath&,             \
                                        cudaStream_t);                                             \

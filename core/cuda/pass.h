@@ -65,7 +65,7 @@ struct LayerStore {
   T* v;
 };
 
-// The nodes of a pass. Copied to the device before it.
+// The nodes of a pass: a parameter of its kernel.
 struct PassNodes {
   int32_t rows;           // new nodes; node i is row i
   int32_t prefix;         // positions before the tree
@@ -90,6 +90,14 @@ struct PassNodes {
 // Output of selection. token -1: the row has logits that are not numbers.
 struct Selected {
   int32_t token[kMaxRows][kMaxTop];
+};
+
+// What passes leave in the host's memory, so that it need not ask for it. One workspace's passes
+// run in order; `passes` is written last.
+struct PassResult {
+  Selected selected;
+  uint64_t device_ns;  // that they took, by the device's clock
+  uint32_t passes;     // that are done
 };
 
 // counts: how many splits a tile of 1 << tile_shift columns has, at most `most`. Splits that a tile

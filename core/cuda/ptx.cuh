@@ -208,6 +208,16 @@ __device__ inline uint32_t LoadAcquire(const uint32_t* counter) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
+// For the host: all that this thread has seen written comes before it.
+__device__ inline void StoreReleaseSystem(uint32_t* to, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+// Nanoseconds.
+__device__ inline uint64_t DeviceClock() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");
+  return now;
+}
 __device__ inline void StoreReleaseShared(uint32_t* to, uint32_t value) {
   asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(SharedAddress(to)), "r"(value)
                : "memory");
