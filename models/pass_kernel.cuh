@@ -1,7 +1,8 @@
 // The persistent kernel of a pass: walks a list of operators on all multiprocessors.
 //
 // What did not pay (docs/performance.md): a flag a block instead of one counter for the grid's
-// barrier; operators as called functions, which save registers to local memory.
+// barrier; operators as called functions, which save registers to local memory; an operator's
+// description loaded by the computing warps themselves, whose registers it then did not fit.
 
 #ifndef CANOPY_MODELS_PASS_KERNEL_CUH_
 #define CANOPY_MODELS_PASS_KERNEL_CUH_

@@ -4,7 +4,7 @@
 
 namespace canopy::cuda {
 
-// Warps that help: with what a reader of sums needs besides.
+// Warps that prepare operators.
 inline constexpr int kHelpers = 2;
 
 // Until operator i is ready. A function of its own, for one thread: the compiler serialises wgmma
@@ -19,11 +19,11 @@ __device__ __noinline__ inline void AwaitHelp(const uint32_t* helped, int i) {
 // What the computing warps do.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ring& ring,
-                                        uint32_t* finished, const uint32_t* helped, char* shared) {
+                                        uint32_t* finished, const uint32_t* helped, uint64_t began,
+                                        char* shared) {
   using Layout = SharedLayout<T, kRowTiles>;
   uint32_t barrier = arguments.counter_base;
   const bool reports = arguments.result != nullptr && blockIdx.x == 0 && threadIdx.x == 0;
-  const uint64_t began = reports ? DeviceClock() : 0;
   if (arguments.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     arguments.clocks[0] = clock64();
   }
@@ -159,6 +159,7 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
 template <typename T, int kRowTiles>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     PassKernel(PassArguments arguments, const __grid_constant__ PassNodes given) {
+  const uint64_t began = DeviceClock();
   extern __shared__ __align__(128) char shared[];
   using Layout = SharedLayout<T, kRowTiles>;
   uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + Layout::kRing);
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     }
   } else {
     RaiseRegisters<104>();
-    Consume<T, kRowTiles>(arguments, ring, finished, helped, shared);
+    Consume<T, kRowTiles>(arguments, ring, finished, helped, began, shared);
   }
 }
 

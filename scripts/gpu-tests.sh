@@ -46,22 +46,22 @@ say "program $("$programs/canopy" --version)"
 say "== device tests"
 run timeout 900 "$tests" --gtest_brief=1 || failed=1
 
-# Reference logits are f32 throughout. In bf16 activations are rounded to 8 bits at every product, so
-# there the differences are shown and not judged; the device tests judge bf16 by the CPU.
+# Reference logits are f32 throughout. In bf16 activations are rounded to 8 bits at every product, and
+# how much that changes logits depends on the model. So there a model may be as far from the reference
+# as the reference's own bfloat16 is (bf16_errors.tsv), and half as much again, since both are largest
+# values of some thousand random ones. What is not in that file is shown and not judged.
 compare() {
-  local model=$1 file=$2 dtype
+  local model=$1 file=$2 dtype tolerance
   for dtype in f32 bf16; do
-    printf '%-5s %s ' "$dtype" "$model" | tee -a "$report"
-    if [ $dtype = f32 ]; then
-      run timeout 120 "$programs/canopy" golden --model "$model" --golden "$file" --device=cuda \
-        --dtype=f32 || failed=1
-    else
-      run timeout 120 "$programs/canopy" golden --model "$model" --golden "$file" --device=cuda \
-        --dtype=bf16 --tolerance=1 || true
-    fi
+    tolerance=0.002
+    [ $dtype = f32 ] || tolerance=$(awk -v name="$(basename "$model")" \
+      '$1 == name { print 1.5 * $2 }' tests/models/golden/bf16_errors.tsv)
+    printf '%-5s %-6s %s ' "$dtype" "${tolerance:-none}" "$model" | tee -a "$report"
+    run timeout 120 "$programs/canopy" golden --model "$model" --golden "$file" --device=cuda \
+      --dtype=$dtype --tolerance="${tolerance:-1000}" || failed=1
   done
 }
-say "== golden files"
+say "== golden files (type, largest difference that is allowed, model)"
 for model in data/models/* tests/models/golden/*/ ${models:+"$models"/*}; do
   model=${model%/}
   file=$model/golden.safetensors

@@ -2,11 +2,12 @@
 // buffers.
 //
 // A pass is one launch of one persistent kernel (models/pass_kernel.cuh), a block on every
-// multiprocessor. It walks a list of operators with a barrier of the whole grid between them.
-// Blocks have sixteen warps that compute and three that bring data: one streams weights, in an
-// order that is fixed when the model is loaded, into a ring of slots in shared memory and so runs
-// ahead of the operators as far as the ring is long; one brings activations once they are there;
-// one brings into the cache what the next scan reads.
+// multiprocessor. It walks a list of operators. Between some stands a barrier of the whole grid;
+// what reads a product's sums begins at once and waits for each sum that it reads (kUnsent).
+// Blocks have sixteen warps that compute and four that serve them: one streams weights, in an order
+// that is fixed when the model is loaded, into a ring of slots in shared memory and so runs ahead
+// of the operators as far as the ring is long; one brings activations once they are there; two
+// prepare the next operator.
 //
 // Activations that a matrix product reads are kept as the tensor cores want them:
 //   act [k_steps][rows of the bucket][16]   T, elements of a k-step in the order of ActIndex
@@ -33,7 +34,7 @@ inline constexpr int kMaxRows = 64;  // nodes of a pass
 inline constexpr int kMaxTaps = 3;   // of a causal convolution, besides a node's own input
 inline constexpr int kConsumerWarps = 16;
 inline constexpr int kConsumers = 32 * kConsumerWarps;
-// And four warps that bring data, one of them idle: registers are given to groups of four warps.
+// And four warps that serve them; registers are given to groups of four.
 inline constexpr int kBlockThreads = kConsumers + 128;
 
 CANOPY_HOST_DEVICE constexpr int PadTo(int multiple, int n) {

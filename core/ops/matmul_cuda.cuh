@@ -14,9 +14,10 @@
 //
 // Bytes: weights once; activations rows * K * sizeof(T) for each tile; sums.
 //
-// What did not pay (docs/performance.md): weights fetched into the cache beyond the ring; the next
-// product's weights held back until the barrier; blocks of outputs by eight warps with mma.sync,
-// whose sums did not fit the registers at 64 rows.
+// What did not pay (docs/performance.md): weights fetched into the cache beyond the ring, all at
+// once, paced by the clock, or a little when the ring is full; the next product's weights held back
+// until the barrier; blocks of outputs by eight warps with mma.sync, whose sums did not fit the
+// registers at 64 rows.
 
 #ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
 #define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
@@ -25,9 +26,9 @@
 
 namespace canopy::cuda {
 
-// 128 KiB of slots: 17 MB in flight on 132 multiprocessors, four microseconds of an H200's
-// bandwidth, while other operators run. Operators that are not products need the rest of the
-// shared memory; f32 ones more of it.
+// 128 or 160 KiB of slots: up to 22 MB on 132 multiprocessors, five microseconds of an H200's
+// bandwidth, that come while other operators run. Those need the rest of the shared memory, for
+// more rows and in f32 more of it.
 inline constexpr int kSlotBytes = 32 << 10;
 template <typename T, int kRowTiles>
 inline constexpr int kSlots = sizeof(T) == 4   ? 2

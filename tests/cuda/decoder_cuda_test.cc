@@ -4,6 +4,7 @@
 #include "models/decoder_cuda.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <memory>
 #include <random>
@@ -316,6 +317,23 @@ TEST_P(DecoderCuda, SelectsTheGreatestLogits) {
       for (int k = 0; k < top; ++k) EXPECT_EQ(result->top[i * top + k], expected[k]) << i << k;
     }
   }
+}
+
+TEST_P(DecoderCuda, DeviceTimeIsPartOfThePassesTime) {
+  std::mt19937_64 rng(8);
+  const TokenTree tree = RandomTree(rng, 20, 8, vocab_);
+  Session session(*model_);
+  session.Prefill(RandomTokens(rng, 20, vocab_));
+  const double before = model_->DeviceSeconds();
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < 10; ++i) {
+    session.state().DropPending();
+    session.Score(tree);
+  }
+  const std::chrono::duration<double> whole = std::chrono::steady_clock::now() - start;
+  const double device = model_->DeviceSeconds() - before;
+  EXPECT_GT(device, 10 * 5e-6);  // a pass of a few operators with barriers takes more
+  EXPECT_LT(device, whole.count());
 }
 
 TEST_P(DecoderCuda, MemoryIsWhatTheStateSays) {

@@ -50,7 +50,7 @@ QuestionRecord MakeRecord(int64_t question, int repetition = 0) {
   turn.text = "h\xc3\xa9llo \"x\"\n";
   turn.finish = "end_of_text";
   turn.accept_lengths = {3, 1};
-  turn.seconds = {0.125, 0.25, 0.5, 0.0625, 0.03125, 1.0};
+  turn.seconds = {0.125, 0.25, 0.5, 0.0625, 0.03125, 1.0, 0.6875};
   record.turns = {turn, turn};
   record.turns[1].tokens = {9};
   record.turns[1].accept_lengths = {1};
@@ -104,7 +104,7 @@ TEST(RecordsTest, LineCarriesWhatDesignAsksFor) {
   EXPECT_EQ(parsed["bytes"]["drafter"], 77);
   EXPECT_EQ(parsed["turns"][0]["tokens"], json({5, 6, 7, 2}));
   EXPECT_EQ(parsed["turns"][0]["text"], "h\xc3\xa9llo \"x\"\n");
-  for (const char* phase : {"prefill", "draft", "verify", "accept", "commit", "total"}) {
+  for (const char* phase : {"prefill", "draft", "verify", "accept", "commit", "total", "device"}) {
     EXPECT_TRUE(parsed["turns"][0]["seconds"][phase].is_number()) << phase;
   }
 }
@@ -117,6 +117,7 @@ TEST(RecordsTest, LineIsReadBack) {
   EXPECT_EQ(record->tokens(), 5);
   EXPECT_EQ(record->rounds(), 3);
   EXPECT_EQ(record->seconds().total, 2.0);
+  EXPECT_EQ(record->seconds().device, 1.375);
   EXPECT_EQ(context.config.sampling_temperature, 0.1);
   EXPECT_EQ(context.config.target_model, "models/t");
   EXPECT_EQ(context.target_hash, "aa");
