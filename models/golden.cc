@@ -248,8 +248,10 @@ absl::StatusOr<GoldenReport> CompareWithGolden(const LanguageModel& model, const
   if (steps > 0) {
     ASSIGN_OR_RETURN(report.greedy, CompareGreedy(model, golden, *state, *workspace));
   }
-  report.passed = report.context_max_abs_err <= tolerance && report.tree_max_abs_err <= tolerance &&
-                  (!report.greedy || report.greedy->equal || report.greedy->gap_there < kGreedyGap);
+  const double error = std::max(report.context_max_abs_err, report.tree_max_abs_err);
+  report.passed =
+      error <= tolerance && (!report.greedy || report.greedy->equal ||
+                             report.greedy->gap_there < std::max(kGreedyGap, 2 * error));
   return report;
 }
 

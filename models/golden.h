@@ -39,13 +39,14 @@ struct GoldenReport {
   std::string ToJson() const;
 };
 
-// A greedy id may differ where the golden's two best logits are closer than this; another order of
-// sums may rightly choose the other one.
+// A greedy id may differ where the golden's two best logits are closer than this, or than twice the
+// largest error that was found: another order of sums, or of rounding, may rightly choose the other
+// one.
 inline constexpr double kGreedyGap = 1e-3;
 
 // Commits the context, scores the tree over it in one pass, and decodes as many tokens as the file
 // has greedy ids, one a pass, up to the first that differs. Passes if both errors are at most
-// `tolerance` and the greedy ids are equal or first differ at a gap below kGreedyGap. NotFound or
+// `tolerance` and the greedy ids are equal or first differ at such a gap. NotFound or
 // InvalidArgument, naming file and tensor, for a golden file that lacks a tensor, has one of
 // another shape, or does not fit the model's vocabulary; errors of Forward as they are.
 absl::StatusOr<GoldenReport> CompareWithGolden(const LanguageModel& model, const std::string& path,

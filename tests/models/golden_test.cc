@@ -207,6 +207,16 @@ TEST_F(GoldenFile, GreedyDifferenceIsJudgedByTheGapThere) {
   EXPECT_TRUE(Run()->passed);
 }
 
+TEST_F(GoldenFile, GreedyDifferenceIsJudgedByTheErrorFound) {
+  At<int32_t>("greedy_ids", 11) = (At<int32_t>("greedy_ids", 11) + 1) % 192;
+  At<float>("greedy_top2_gap", 11) = 0.75f;
+  EXPECT_FALSE(Run(1.0)->passed);  // the tolerance alone allows nothing
+  At<float>("tree_logits", 5) += 0.4f;
+  EXPECT_TRUE(Run(1.0)->passed);
+  At<float>("greedy_top2_gap", 11) = 0.85f;
+  EXPECT_FALSE(Run(1.0)->passed);
+}
+
 TEST_F(GoldenFile, NotANumberFailsAndIsNullInJson) {
   At<float>("tree_logits", 0) = std::numeric_limits<float>::quiet_NaN();
   const absl::StatusOr<GoldenReport> report = Run(1e9);
