@@ -119,11 +119,14 @@ absl::Status CudaBackend::Synchronize() {
 
 absl::Status CudaBackend::Await(uint32_t* number, uint32_t value) {
   const std::atomic_ref<uint32_t> there(*number);
-  for (int tries = 1; there.load(std::memory_order_acquire) != value; ++tries) {
+  for (uint32_t tries = 1; there.load(std::memory_order_acquire) != value; ++tries) {
     // An error would never write it.
     if (tries % 4096 != 0) continue;
     const cudaError_t error = cudaStreamQuery(stream_);
-    if (error == cudaErrorNotReady) continue;
+    if (error == cudaErrorNotReady) {
+      (void)cudaGetLastError();  // it is none, and not to be found by who asks next
+      continue;
+    }
     RETURN_IF_CUDA_ERROR(error, "waiting for the device");
     if (there.load(std::memory_order_acquire) != value) {
       return absl::InternalError("the device is done and has not said so");

@@ -147,7 +147,7 @@ class CudaWorkspace final : public Workspace {
 
   int max_rows = 0;
   Buffer memory;  // activations, partial sums, scratch
-  Buffer tables;  // operators of every bucket, nodes, the barrier's counter
+  Buffer tables;  // operators and products of every bucket, the barrier's counter, clocks
   cuda::Op* ops[kBuckets] = {};
   cuda::MatmulOp* products[kBuckets] = {};  // of those
   int product_count = 0;
@@ -316,6 +316,7 @@ class CudaDecoder final : public CudaModel {
   int mixed_steps_ = 0;
   size_t partial_floats_ = 0;
   int scan_squares_ = 0;
+  int scan_head_dim_ = 0;
   int sent_bytes_ = 0;
   int q_columns_ = 0;
   std::array<bool, kBuckets> has_bucket_ = {true, true, true, true};
@@ -562,7 +563,8 @@ absl::Status CudaDecoder<T>::Prepare() {
       scan.group_columns = out.padded_width();
       mixed_steps_ = std::max(mixed_steps_, out.k_steps());
       const int squares = scan.heads * scan.slices * (cuda::kSliceDims / cuda::kSquareDims);
-      if (has_ssd_ && (squares != scan_squares_ || scan.taps != taps_)) {
+      if (has_ssd_ &&
+          (squares != scan_squares_ || scan.taps != taps_ || ssd.head_dim != scan_head_dim_)) {
         return absl::UnimplementedError(
             absl::StrCat("layer ", index,
                          ": its SSD mixer has other sizes than those before it, "
@@ -571,6 +573,7 @@ absl::Status CudaDecoder<T>::Prepare() {
       has_ssd_ = true;
       scan_squares_ = squares;
       taps_ = scan.taps;
+      scan_head_dim_ = ssd.head_dim;
       if (ssd.norm_groups > cuda::kMostNormGroups) {
         return unsupported(i, absl::StrCat(ssd.norm_groups, " norm groups; the CUDA kernels have ",
                                            cuda::kMostNormGroups));
@@ -870,6 +873,15 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     op.select = {ws.logits,        head_.op.ld,      spec_.info.vocab_size, stage,
                  at.select_values, at.select_tokens, &ws.result->selected};
     ops.push_back(op);
+  }
+  // What the kernels rely on: a reader of sums stands behind its product, and that behind a
+  // barrier, so that what warps prepare for the reader while the product runs is there and is not
+  // in use; and a pass ends with a barrier, with the selection, without it, and without the head.
+  for (size_t i = 0; i < ops.size(); ++i) {
+    const bool prepared = ops[i].norm.squares != nullptr || ops[i].kind == cuda::OpKind::kScan;
+    CHECK(!prepared || ops[i - 1].kind == cuda::OpKind::kMatmul);
+    CHECK(ops[i].kind != cuda::OpKind::kMatmul || ops[i - 1].barrier != 0);
+    CHECK(i + 4 < ops.size() || ops[i].barrier != 0);
   }
   names->clear();
   shapes.resize(ops.size());
@@ -1186,7 +1198,10 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::Repeat(Workspace& workspace,
                                                            int repetitions) const {
   auto& ws = static_cast<CudaWorkspace&>(workspace);
   if (ws.last_bucket < 0) return absl::FailedPreconditionError("repeat: no pass was run");
-  return TimeEach(cuda_, repetitions, [&](int) { return Launch(ws); });
+  ASSIGN_OR_RETURN(std::vector<double> times,
+                   TimeEach(cuda_, repetitions, [&](int) { return Launch(ws); }));
+  if (ws.result != nullptr) ws.counted_ns = ws.result->device_ns;  // nobody waited for these
+  return times;
 }
 
 template <typename T>
@@ -1196,6 +1211,7 @@ absl::StatusOr<std::vector<OperatorTime>> CudaDecoder<T>::Breakdown(Workspace& w
   RETURN_IF_ERROR(Launch(ws, ws.clocks));
   std::vector<int64_t> clocks(ws.last.op_count + 1);
   RETURN_IF_ERROR(cuda_.ToHost(clocks.data(), ws.clocks, clocks.size() * sizeof(int64_t)));
+  ws.counted_ns = ws.result->device_ns;
   std::vector<OperatorTime> times;
   const double whole = static_cast<double>(clocks.back() - clocks.front());
   for (int i = 0; i < ws.last.op_count; ++i) {

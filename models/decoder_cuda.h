@@ -15,8 +15,8 @@
 
 namespace canopy {
 
-// Time of one operator of a pass: from the grid's barrier before it to the one after it, waits for
-// the slowest block included.
+// Time of one operator of a pass in block 0: until it is done with it and, where a barrier follows,
+// all blocks are. A reader of sums is charged for waiting until they are there.
 struct OperatorTime {
   std::string name;
   double share = 0.0;  // of the pass

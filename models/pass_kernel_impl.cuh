@@ -109,7 +109,7 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
 
 // What the warps that help do: while an operator runs, they bring the next one's description into
 // shared memory, make the factors of the rows whose sums it will read, and bring what it reads of
-// earlier passes into the cache.
+// earlier passes into shared memory or into the cache.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void Help(const PassArguments& arguments, const PassNodes& nodes,
                                      const uint32_t* finished, uint32_t* copied, uint32_t* helped,
@@ -223,6 +223,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     Consume<T, kRowTiles>(arguments, ring, finished, helped, began, shared);
   }
 }
+
+static_assert(sizeof(PassArguments) + sizeof(PassNodes) <= 32764);  // parameters of a kernel
 
 template <typename T, int kRowTiles>
 cudaError_t Launch(int blocks, int shared_bytes, PassArguments arguments, const PassNodes& nodes,

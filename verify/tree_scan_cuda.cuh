@@ -208,7 +208,7 @@ struct Vector {
     }
     return r;
   }
-  // Of what another block wrote in this pass.
+  // Not through the multiprocessor's cache, which may hold what stood there in an earlier pass.
   __device__ static Vector LoadNew(const float* from) {
     Vector r;
     if constexpr (kCount == 4) {
@@ -219,26 +219,6 @@ struct Vector {
       r.v[0] = q.x, r.v[1] = q.y;
     } else {
       r.v[0] = __ldcg(from);
-    }
-    return r;
-  }
-  __device__ static Vector LoadNew(const __nv_bfloat16* from) {
-    Vector r;
-    if constexpr (kCount == 1) {
-      const unsigned short bits = __ldcg(reinterpret_cast<const unsigned short*>(from));
-      r.v[0] = __uint_as_float(static_cast<uint32_t>(bits) << 16);
-    } else {
-      uint32_t pairs[kCount / 2];
-      if constexpr (kCount == 4) {
-        const uint2 q = __ldcg(reinterpret_cast<const uint2*>(from));
-        pairs[0] = q.x, pairs[1] = q.y;
-      } else {
-        pairs[0] = __ldcg(reinterpret_cast<const uint32_t*>(from));
-      }
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        r.v[i] = __uint_as_float(i % 2 == 0 ? pairs[i / 2] << 16 : pairs[i / 2] & 0xffff0000u);
-      }
     }
     return r;
   }
@@ -378,10 +358,11 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[i / 2][i % 2] = LoadWeight4(at + i * 128, there);
     };
-    if (kOwn == 1)
-      load_state(nodes.first_checkpoint, part);  // else they would not fit the registers
+    if (kOwn == 1) {  // else they would not fit the registers
+      load_state(nodes.first_checkpoint, part);
+    }
 
-      // in_proj's sums: z and x of the thread's rows.
+    // in_proj's sums: z and x of the thread's rows.
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
       if (k > 0) load_sums(k);
@@ -654,8 +635,10 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       }
       if (k + 1 == kOwn) {
         // C is used up.
-        if (kOwn > 1 || !one_checkpoint) SyncThreads<kConsumers>();
-          // u of the new rows, also into the store, and of earlier pending ones.
+        if (kOwn > 1 || !one_checkpoint) {
+          SyncThreads<kConsumers>();
+        }
+        // u of the new rows, also into the store, and of earlier pending ones.
 #pragma unroll
         for (int n = 0; n < kOwn; ++n) {
           if (row_of[n] < 0) continue;

@@ -3,7 +3,7 @@
 //
 // A pass is one launch of one persistent kernel (models/pass_kernel.cuh), a block on every
 // multiprocessor. It walks a list of operators. Between some stands a barrier of the whole grid;
-// what reads a product's sums begins at once and waits for each sum that it reads (kUnsent).
+// what reads a product's sums, but the head's, begins at once and waits for each one (kUnsent).
 // Blocks have sixteen warps that compute and four that serve them: one streams weights, in an order
 // that is fixed when the model is loaded, into a ring of slots in shared memory and so runs ahead
 // of the operators as far as the ring is long; one brings activations once they are there; two

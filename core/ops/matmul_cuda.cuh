@@ -26,9 +26,9 @@
 
 namespace canopy::cuda {
 
-// 128 or 160 KiB of slots: up to 22 MB on 132 multiprocessors, five microseconds of an H200's
-// bandwidth, that come while other operators run. Those need the rest of the shared memory, for
-// more rows and in f32 more of it.
+// 128 or 160 KiB of slots (f32 64): up to 22 MB on 132 multiprocessors, five microseconds of an
+// H200's bandwidth, that come while other operators run. Those need the rest of the shared memory,
+// for more rows and in f32 more of it.
 inline constexpr int kSlotBytes = 32 << 10;
 template <typename T, int kRowTiles>
 inline constexpr int kSlots = sizeof(T) == 4   ? 2

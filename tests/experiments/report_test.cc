@@ -47,6 +47,20 @@ const CategoryRow* Find(const ArmReport& report, const std::string& category) {
   return nullptr;
 }
 
+TEST(ReportTest, DeviceTimeIsAShareOfTheRounds) {
+  std::vector<QuestionRecord> records = {Answer(1, "qa", Tokens(10), 5, 2.0)};
+  EXPECT_THAT(ArmTable(MakeArmReport(Arm(records, {}))), Not(HasSubstr("the device")));
+  PhaseSeconds& seconds = records[0].turns[0].seconds;
+  seconds.prefill = 1.0;
+  seconds.draft = 0.25;
+  seconds.verify = 0.7;
+  seconds.commit = 0.05;
+  seconds.device = 0.8;
+  EXPECT_THAT(ArmTable(MakeArmReport(Arm(records, {}))),
+              HasSubstr("the device was at work in 80.0% of the time of draft, verify, accept and "
+                        "commit"));
+}
+
 TEST(ReportTest, RatesAreSpecBenchsAndTokenWeighted) {
   // By hand: writing 10 tokens in 2 s, coding 30 in 3 s, qa 20 in 1 s; plain decoding twice as slow
   // on the first two and four times on the third.
