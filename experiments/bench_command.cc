@@ -172,10 +172,8 @@ absl::Status RunBench(const BenchOptions& options) {
       for (auto& [name, share] : breakdowns.back()) share *= spread.median;
       state->DropPending();
     }
-    std::printf(
-        "\nus by operator, until block 0 is done with it (with its barrier, where it has one, all "
-        "blocks)\n  %-26s",
-        "");
+    std::printf("\nus by operator, in one multiprocessor, its waiting for others included\n  %-26s",
+                "");
     for (int nodes : options.nodes) std::printf(" %9d", nodes);
     std::printf("\n");
     for (const auto& [name, unused] : breakdowns.front()) {

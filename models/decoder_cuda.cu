@@ -21,10 +21,8 @@ using cuda::kMaxRows;
 
 constexpr int kBuckets = 4;
 constexpr int kBucketRows[kBuckets] = {8, 16, 32, 64};
-// Shared memory that every operator but scan and attention has enough of: activations, factors of
-// norms (of as many groups of columns as fit).
-constexpr int kLeastWorkBytes = cuda::kMatmulWorkBytes;
-static_assert(4 * cuda::kConsumerWarps * cuda::kMaxHeadDim <= kLeastWorkBytes);
+// Products have enough shared memory, then every operator but scan and attention has.
+static_assert(4 * cuda::kConsumerWarps * cuda::kMaxHeadDim <= cuda::kMatmulWorkBytes);
 
 // Random weights for synthetic models: uniform with the variance 1 / columns, from a hash of the
 // element's place, so that they are the same on every device of one size.
@@ -483,11 +481,11 @@ absl::Status CudaDecoder<T>::Prepare() {
     return absl::UnimplementedError(
         absl::StrCat("layer ", layer, ": ", what, "; use the device cpu for this model"));
   };
-  if (WorkBytes(0) < kLeastWorkBytes) {
+  if (WorkBytes(0) < cuda::kMatmulWorkBytes) {
     return absl::FailedPreconditionError(
         absl::StrCat(cuda_.Description(), " has ", cuda_.shared_bytes(),
                      " bytes of shared memory for a block; Canopy's kernels need ",
-                     cuda_.shared_bytes() - WorkBytes(0) + kLeastWorkBytes));
+                     cuda_.shared_bytes() - WorkBytes(0) + cuda::kMatmulWorkBytes));
   }
   RETURN_IF_CUDA_ERROR(cuda::PreparePass<T>(cuda_.shared_bytes()), "preparing the kernels");
   std::vector<cuda::FoldShape> folds;

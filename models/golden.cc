@@ -250,8 +250,9 @@ absl::StatusOr<GoldenReport> CompareWithGolden(const LanguageModel& model, const
   }
   const double error = std::max(report.context_max_abs_err, report.tree_max_abs_err);
   report.passed =
-      error <= tolerance && (!report.greedy || report.greedy->equal ||
-                             report.greedy->gap_there < std::max(kGreedyGap, 2 * error));
+      error <= tolerance &&
+      (!report.greedy || report.greedy->equal ||
+       report.greedy->gap_there < std::max(kGreedyGap, std::min(2 * error, tolerance / 2)));
   return report;
 }
 

@@ -39,9 +39,9 @@ struct GoldenReport {
   std::string ToJson() const;
 };
 
-// A greedy id may differ where the golden's two best logits are closer than this, or than twice the
-// largest error that was found: another order of sums, or of rounding, may rightly choose the other
-// one.
+// A greedy id may differ where the golden's two best logits are closer than this; another order of
+// sums may rightly choose the other one. With a tolerance above twice this it may where they are
+// closer than half the tolerance and than twice the largest error that was found.
 inline constexpr double kGreedyGap = 1e-3;
 
 // Commits the context, scores the tree over it in one pass, and decodes as many tokens as the file

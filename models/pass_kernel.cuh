@@ -77,10 +77,10 @@ struct PassArguments {
 template <typename T, int kRowTiles>
 struct SharedLayout {
   static constexpr int kRing = kSlots<T, kRowTiles> * kSlotBytes;
-  static constexpr int kBarriers = 512;  // and what else the roles tell each other
+  static constexpr int kSignals = 512;
   static constexpr int kNodes = (sizeof(PassNodes) + 127) / 128 * 128;
   static constexpr int kOp = (sizeof(Op) + 127) / 128 * 128;
-  static constexpr int kNodesAt = kRing + kBarriers;
+  static constexpr int kNodesAt = kRing + kSignals;
   // The operator at hand and its layer's store, and those that come next: two places in turn.
   static constexpr int kStore = (sizeof(LayerStore<T>) + 15) / 16 * 16;
   static constexpr int kTurn = kOp + kStore;

@@ -7,6 +7,16 @@ namespace canopy::cuda {
 // Warps that prepare operators.
 inline constexpr int kHelpers = 2;
 
+// What the roles of a block tell each other.
+struct Signals {
+  uint64_t weights_here[20], weights_empty[8], acts_here[kActSlots], acts_empty[kActSlots];
+  PartInfo infos[8];          // of the ring's slots
+  uint32_t finished;          // operators, by this block and where a barrier follows by all
+  uint32_t copied;            // descriptions of operators
+  uint32_t helped[kHelpers];  // operators that are prepared, by each helper
+  RingPlace place;            // of the computing warps
+};
+
 // Until operator i is ready. A function of its own, for one thread: the compiler serialises wgmma
 // that stands behind loops that might diverge.
 __device__ __noinline__ inline void AwaitHelp(const uint32_t* helped, int i) {
@@ -19,8 +29,7 @@ __device__ __noinline__ inline void AwaitHelp(const uint32_t* helped, int i) {
 // What the computing warps do.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ring& ring,
-                                        uint32_t* finished, const uint32_t* helped, uint64_t began,
-                                        char* shared) {
+                                        Signals& signals, uint64_t began, char* shared) {
   using Layout = SharedLayout<T, kRowTiles>;
   uint32_t barrier = arguments.counter_base;
   const bool reports = arguments.result != nullptr && blockIdx.x == 0 && threadIdx.x == 0;
@@ -39,7 +48,7 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
     }
     SyncThreads<kConsumers>();
   };
-  if (threadIdx.x == 0) AwaitHelp(helped, 0);
+  if (threadIdx.x == 0) AwaitHelp(signals.helped, 0);
   SyncThreads<kConsumers>();
   take_op(0);
   for (int i = 0; i < arguments.op_count; ++i) {
@@ -55,8 +64,7 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
         Embed<T>(op.embed, nodes, kBucket);
         break;
       case OpKind::kMatmul:
-        ConsumeMatmul<T, kRowTiles>(op.matmul, nodes.rows, ring,
-                                    reinterpret_cast<RingPlace*>(finished + 4),
+        ConsumeMatmul<T, kRowTiles>(op.matmul, nodes.rows, ring, &signals.place,
                                     reinterpret_cast<float*>(work + kActRingBytes));
         break;
       case OpKind::kScan:
@@ -93,8 +101,8 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
         while (static_cast<int32_t>(LoadAcquire(arguments.counter) - barrier) < 0) {
         }
       }
-      StoreReleaseShared(finished, i + 1);
-      if (i + 1 < arguments.op_count) AwaitHelp(helped, i + 1);
+      StoreReleaseShared(&signals.finished, i + 1);
+      if (i + 1 < arguments.op_count) AwaitHelp(signals.helped, i + 1);
       if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
     }
     SyncThreads<kConsumers>();
@@ -112,8 +120,7 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
 // earlier passes into shared memory or into the cache.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void Help(const PassArguments& arguments, const PassNodes& nodes,
-                                     const uint32_t* finished, uint32_t* copied, uint32_t* helped,
-                                     char* shared) {
+                                     Signals& signals, char* shared) {
   using Layout = SharedLayout<T, kRowTiles>;
   const int helper = threadIdx.x / 32 - kConsumerWarps - 2, lane = threadIdx.x % 32;
   float* factors = reinterpret_cast<float*>(shared + Layout::kFactorsAt);
@@ -127,7 +134,7 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
     char* op_at = shared + Layout::kNextAt + i % 2 * Layout::kTurn;
     char* store_at = op_at + Layout::kOp;
     const Op& op = *reinterpret_cast<const Op*>(op_at);
-    while (LoadAcquireShared(finished) + 1 < static_cast<uint32_t>(i)) {
+    while (LoadAcquireShared(&signals.finished) + 1 < static_cast<uint32_t>(i)) {
     }
     if (helper == 0) {
       copy(op_at, arguments.ops + i, sizeof(Op));
@@ -135,9 +142,9 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
         copy(store_at, static_cast<const LayerStore<T>*>(nodes.layers) + op.layer,
              sizeof(LayerStore<T>));
       }
-      if (lane == 0) StoreReleaseShared(copied, i + 1);
+      if (lane == 0) StoreReleaseShared(&signals.copied, i + 1);
     } else {
-      while (LoadAcquireShared(copied) <= static_cast<uint32_t>(i)) {
+      while (LoadAcquireShared(&signals.copied) <= static_cast<uint32_t>(i)) {
       }
     }
     if (op.norm.squares != nullptr) {
@@ -149,7 +156,7 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
                     lane, 32);
     }
     __syncwarp();
-    if (lane == 0) StoreReleaseShared(helped + helper, i + 1);
+    if (lane == 0) StoreReleaseShared(&signals.helped[helper], i + 1);
     if (op.kind == OpKind::kScan && helper == 0) {
       PrefetchScan<T>(op.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at));
     }
@@ -162,28 +169,32 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const uint64_t began = DeviceClock();
   extern __shared__ __align__(128) char shared[];
   using Layout = SharedLayout<T, kRowTiles>;
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(shared + Layout::kRing);
-  PartInfo* infos = reinterpret_cast<PartInfo*>(barriers + 36);
-  uint32_t* finished = reinterpret_cast<uint32_t*>(infos + 8);  // operators
-  uint32_t* helped = finished + 2;                              // operators, by each helper
+  Signals& signals = *reinterpret_cast<Signals*>(shared + Layout::kRing);
   PassNodes* nodes = reinterpret_cast<PassNodes*>(shared + Layout::kNodesAt);
-  Ring ring = {shared,        shared + Layout::kFixed, infos,         barriers,
-               barriers + 20, barriers + 28,           barriers + 32, kSlots<T, kRowTiles>};
-  static_assert(kSlots<T, kRowTiles> * kPieces <= 20 && kSlots<T, kRowTiles> <= 8 &&
-                kActSlots <= 4);
-  static_assert(36 * sizeof(uint64_t) + 8 * sizeof(PartInfo) + 16 + sizeof(RingPlace) <=
-                Layout::kBarriers);
+  constexpr int kSlotCount = kSlots<T, kRowTiles>;
+  Ring ring = {shared,
+               shared + Layout::kFixed,
+               signals.infos,
+               signals.weights_here,
+               signals.weights_empty,
+               signals.acts_here,
+               signals.acts_empty,
+               kSlotCount};
+  static_assert(sizeof(signals.weights_here) >= kSlotCount * kPieces * sizeof(uint64_t));
+  static_assert(sizeof(signals.weights_empty) >= kSlotCount * sizeof(uint64_t));
+  static_assert(sizeof(signals.infos) >= kSlotCount * sizeof(PartInfo));
+  static_assert(sizeof(Signals) <= Layout::kSignals);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kSlots<T, kRowTiles> * kPieces; ++i) BarrierInit(&ring.weights_here[i], 1);
-    for (int i = 0; i < kSlots<T, kRowTiles>; ++i)
-      BarrierInit(&ring.weights_empty[i], kConsumerWarps);
+    for (int i = 0; i < kSlotCount * kPieces; ++i) BarrierInit(&signals.weights_here[i], 1);
+    for (int i = 0; i < kSlotCount; ++i) BarrierInit(&signals.weights_empty[i], kConsumerWarps);
     for (int i = 0; i < kActSlots; ++i) {
-      BarrierInit(&ring.acts_here[i], 1);
-      BarrierInit(&ring.acts_empty[i], kConsumerWarps);
+      BarrierInit(&signals.acts_here[i], 1);
+      BarrierInit(&signals.acts_empty[i], kConsumerWarps);
     }
-    *finished = 0;
-    for (int i = 1; i < 2 + kHelpers; ++i) finished[i] = 0;
-    *reinterpret_cast<RingPlace*>(finished + 4) = {};
+    signals.finished = 0;
+    signals.copied = 0;
+    for (int i = 0; i < kHelpers; ++i) signals.helped[i] = 0;
+    signals.place = {};
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     FenceProxyAsync();
   }
@@ -209,18 +220,18 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       for (int i = 0; i < arguments.product_count; ++i) {
         const MatmulOp next = arguments.products[min(i + 1, arguments.product_count - 1)];
         StreamActs<T>(op, kRowTiles, ring, policy, [&] {
-          while (LoadAcquireShared(finished) < static_cast<uint32_t>(op.index)) {
+          while (LoadAcquireShared(&signals.finished) < static_cast<uint32_t>(op.index)) {
           }
           FenceProxyAsync();
         });
         op = next;
       }
     } else if (threadIdx.x >= kConsumers + 64) {
-      Help<T, kRowTiles>(arguments, *nodes, finished, finished + 1, helped, shared);
+      Help<T, kRowTiles>(arguments, *nodes, signals, shared);
     }
   } else {
     RaiseRegisters<104>();
-    Consume<T, kRowTiles>(arguments, ring, finished, helped, began, shared);
+    Consume<T, kRowTiles>(arguments, ring, signals, began, shared);
   }
 }
 

@@ -78,11 +78,9 @@ if command -v compute-sanitizer >/dev/null; then
   filter='*TreeEqualsTokenByToken/ssd_bf16:*SelectsTheGreatestLogits/hybrid_bf16:*Prefill*/attention_f32'
   timeout 600 compute-sanitizer --tool memcheck --error-exitcode 1 "$tests" --gtest_brief=1 \
     --gtest_filter="$filter" 2>&1 | tail -n 4 | tee -a "$report"
-  case ${PIPESTATUS[0]} in
-    0) ;;
-    124) say "memcheck did not come to an end in 600 seconds" ;;
-    *) failed=1 ;;
-  esac
+  status=${PIPESTATUS[0]}
+  [ "$status" != 124 ] || say "memcheck did not come to an end in 600 seconds"
+  [ "$status" = 0 ] || failed=1
 else
   say "compute-sanitizer is not installed: not run"
 fi

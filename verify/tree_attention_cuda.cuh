@@ -80,7 +80,7 @@ __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const Pas
     float squares = 0.0f;
 #pragma unroll 1
     for (int base = 0; base < op.head_dim; base += 32 * kAhead) {
-      Sum1<> sums[kAhead];
+      Sum1 sums[kAhead];
       int splits[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
@@ -106,7 +106,7 @@ __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const Pas
         if (d >= op.head_dim) continue;
         const float bias = LoadWeight(op.bias + first + d, op.bias != nullptr);
         const float value =
-            fmaf(factor, sums[k].Finish(op.partials, row, first + d, splits[k]), bias);
+            fmaf(factor, FinishOne(sums[k], op.partials, row, first + d, splits[k]), bias);
         head_values[d] = value;
         squares = fmaf(value, value, squares);
       }

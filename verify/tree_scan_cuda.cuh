@@ -129,7 +129,7 @@ __device__ __forceinline__ void ScanInputs(const ScanOp& op, const PassNodes& no
   const bool is_dt = column >= 2 * states, in_conv = active && !is_dt;
   // Everything is asked for at once.
   const int splits = active ? Splits(op.partials, sum_column) : 0;
-  Sum1<> sum;
+  Sum1 sum;
   sum.Load(op.partials, first_row, sum_column, active && first_row < rows);
   float weights[kMaxTaps + 1], first_inputs[kMaxTaps];
   const float* bias = is_dt ? op.dt_bias + (column - 2 * states) : op.conv_bias + channel;
@@ -151,7 +151,7 @@ __device__ __forceinline__ void ScanInputs(const ScanOp& op, const PassNodes& no
     if (row != first_row) sum.Load(op.partials, row, sum_column, true);
     while (sum.Unsent(splits)) sum.Load(op.partials, row, sum_column, true);
     const float value =
-        fmaf(factors[row], sum.Finish(op.partials, row, sum_column, splits), in_bias);
+        fmaf(factors[row], FinishOne(sum, op.partials, row, sum_column, splits), in_bias);
     if (is_dt) {
       const float v = value + own_bias;
       const float soft = fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));

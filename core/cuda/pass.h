@@ -61,7 +61,7 @@ struct LayerStore {
   float* u;               // [kRing + pending, heads * padded head_dim]
   T* b;                   // [kRing + pending, groups * padded d_state]
   float* l;               // [kRing + pending, heads]
-  float* conv;            // [kernel - 1 + pending, channels]
+  float* conv;            // [kernel - 1 + pending, channels of ScanOp]
   T* k;                   // [positions + pending, kv_heads * padded head_dim]
   T* v;
 };

@@ -78,46 +78,8 @@ __device__ inline int Splits(const Partials& p, int column) {
   return __ldg(p.counts + (column >> p.tile_shift));
 }
 
-// A column of a row, from its splits in order, once they are there. Loads first, of as many splits
-// as any column has, so as not to wait for their number.
-template <int kAhead = 3>
-struct Sum1 {
-  float v[kAhead];
-
-  __device__ void Load(const Partials& p, int row, int column, bool there) {
-    const float* at = p.data + (row * p.ld + column);
-    const int most = there ? p.most : 0;
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) v[k] = LoadSent(at + k * p.split_stride, k < most);
-  }
-  // Whether one of the first `splits` is not there: then Load is to be called again.
-  __device__ bool Unsent(int splits) const {
-    bool unsent = false;
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) unsent |= k < splits && IsUnsent(v[k]);
-    return unsent;
-  }
-  __device__ float Finish(const Partials& p, int row, int column, int splits) const {
-    float* at = p.data + (row * p.ld + column);
-    float sum = v[0];
-#pragma unroll
-    for (int k = 1; k < kAhead; ++k) sum = k < splits ? sum + v[k] : sum;
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) Unsend(at + k * p.split_stride, k < splits);
-#pragma unroll 1
-    for (int k = kAhead; k < splits; ++k) {
-      float next;
-      do {
-        next = LoadSent(at + k * p.split_stride);
-      } while (IsUnsent(next));
-      sum += next;
-      Unsend(at + k * p.split_stride);
-    }
-    return sum;
-  }
-};
-
-// kCount columns of a row that begin at a multiple of kCount.
+// kCount columns of a row that begin at a multiple of kCount, from their splits in order, once they
+// are there. Loads first, of as many splits as any column has, so as not to wait for their number.
 template <int kCount>
 struct SumVector {
   static constexpr int kAhead = 3;
@@ -153,12 +115,14 @@ struct SumVector {
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) LoadAt(v[k], at + k * p.split_stride, k < most);
   }
+  // Whether one of the first `splits` is not there: then Load is to be called again.
   __device__ bool Unsent(int splits) const {
     bool unsent = false;
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) unsent |= k < splits && Unsent(v[k]);
     return unsent;
   }
+  // Also makes the place ready for the next sums.
   __device__ void Finish(const Partials& p, int row, int column, int splits,
                          float (&sum)[kCount]) const {
     float* at = p.data + (row * p.ld + column);
@@ -183,13 +147,20 @@ struct SumVector {
   }
 };
 
+using Sum1 = SumVector<1>;
+__device__ inline float FinishOne(const Sum1& sum, const Partials& p, int row, int column,
+                                  int splits) {
+  float value[1];
+  sum.Finish(p, row, column, splits, value);
+  return value[0];
+}
 __device__ inline float Sum(const Partials& p, int row, int column) {
   const int splits = Splits(p, column);
-  Sum1<> sum;
+  Sum1 sum;
   do {
     sum.Load(p, row, column, true);
   } while (sum.Unsent(splits));
-  return sum.Finish(p, row, column, splits);
+  return FinishOne(sum, p, row, column, splits);
 }
 
 // Four columns, of which `valid` are there.

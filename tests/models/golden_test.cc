@@ -207,14 +207,25 @@ TEST_F(GoldenFile, GreedyDifferenceIsJudgedByTheGapThere) {
   EXPECT_TRUE(Run()->passed);
 }
 
-TEST_F(GoldenFile, GreedyDifferenceIsJudgedByTheErrorFound) {
+TEST_F(GoldenFile, GreedyDifferenceIsJudgedByToleranceAndErrorToo) {
   At<int32_t>("greedy_ids", 11) = (At<int32_t>("greedy_ids", 11) + 1) % 192;
   At<float>("greedy_top2_gap", 11) = 0.75f;
-  EXPECT_FALSE(Run(1.0)->passed);  // the tolerance alone allows nothing
+  EXPECT_FALSE(Run(2.0)->passed);  // the tolerance alone allows nothing
   At<float>("tree_logits", 5) += 0.4f;
-  EXPECT_TRUE(Run(1.0)->passed);
+  EXPECT_TRUE(Run(2.0)->passed);
+  EXPECT_FALSE(Run(1.0)->passed);  // nor the error alone
   At<float>("greedy_top2_gap", 11) = 0.85f;
-  EXPECT_FALSE(Run(1.0)->passed);
+  EXPECT_FALSE(Run(2.0)->passed);
+}
+
+// The tolerance of f32 allows no more than ever.
+TEST_F(GoldenFile, GreedyDifferenceInF32IsJudgedByTheGapAlone) {
+  At<int32_t>("greedy_ids", 11) = (At<int32_t>("greedy_ids", 11) + 1) % 192;
+  At<float>("tree_logits", 5) += 0.0018f;
+  At<float>("greedy_top2_gap", 11) = 0.0011f;
+  EXPECT_FALSE(Run(2e-3)->passed);
+  At<float>("greedy_top2_gap", 11) = 0.0009f;
+  EXPECT_TRUE(Run(2e-3)->passed);
 }
 
 TEST_F(GoldenFile, NotANumberFailsAndIsNullInJson) {
