@@ -66,12 +66,6 @@ std::vector<cuda::MatmulOp> ProductsOf(const std::vector<cuda::Op>& ops) {
   return products;
 }
 
-std::vector<int> BarriersBefore(const std::vector<cuda::Op>& ops) {
-  std::vector<int> before = {0};
-  for (const cuda::Op& op : ops) before.push_back(before.back() + op.barrier);
-  return before;
-}
-
 // Columns of a product's input, where groups are padded to whole k-steps.
 struct Columns {
   int count = 0;
@@ -145,14 +139,13 @@ class CudaWorkspace final : public Workspace {
 
   int max_rows = 0;
   Buffer memory;  // activations, partial sums, scratch
-  Buffer tables;  // operators and products of every bucket, the barrier's counter, clocks
+  Buffer tables;  // operators and products of every bucket, counters, clocks
   cuda::Op* ops[kBuckets] = {};
   cuda::MatmulOp* products[kBuckets] = {};  // of those
   int product_count = 0;
   std::vector<std::string> names;  // of the operators, the same in every bucket
-  std::vector<int> barriers;       // before each operator, and of all
-  uint32_t* counter = nullptr;
-  uint32_t counter_base = 0;
+  uint32_t* counters = nullptr;
+  uint32_t counters_base[2] = {};
   float* logits = nullptr;  // [kMaxRows][ld]
   int logits_ld = 0;
   int64_t* clocks = nullptr;
@@ -258,12 +251,13 @@ class CudaDecoder final : public CudaModel {
     int node_group[kBuckets] = {};
   };
 
-  // Addresses in a workspace's memory, the same for every bucket but the activations.
+  // Addresses in a workspace's memory, the same for every bucket but the activations. Of what is
+  // sent there are two, used in turn: the last is made ready while the next is in use.
   struct Places {
     float* x;
-    T* act_hidden[kBuckets];
-    T* act_mixed[kBuckets];
-    float* partials;
+    T* act_hidden[kBuckets];  // the first; then `acts` has the second, and both of act_mixed
+    T* acts[kBuckets];
+    float* partials[2];
     float* squares;
     float* scan_squares;
     char* scan_sent;
@@ -735,9 +729,9 @@ void CudaDecoder<T>::AddPieces(Pieces& pieces, Places& p, CudaWorkspace& ws) con
   pieces.Add(&p.x, kMaxRows * hidden);
   for (int b = 0; b < kBuckets; ++b) {
     pieces.Add(&p.act_hidden[b], kBucketRows[b] * hidden);
-    pieces.Add(&p.act_mixed[b], size_t{1} * kBucketRows[b] * mixed_steps_ * 16);
+    pieces.Add(&p.acts[b], kBucketRows[b] * (hidden + size_t{2} * mixed_steps_ * 16));
   }
-  pieces.Add(&p.partials, partial_floats_);
+  for (float*& partials : p.partials) pieces.Add(&partials, partial_floats_);
   pieces.Add(&p.squares, size_t{1} * kMaxRows * cuda::Granules(hidden_steps_));
   pieces.Add(&p.scan_squares, size_t{1} * kMaxRows * scan_squares_);
   pieces.Add(&p.q, size_t{1} * kMaxRows * q_columns_);
@@ -754,7 +748,22 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   const int hidden = spec_.info.hidden_size;
   std::vector<cuda::Op> ops;
   std::vector<ProductShape> shapes;  // of the operators that are products
-  const auto matmul = [&](const DeviceMatrix& matrix, const T* act, float* out,
+  // What was sent is used up when the operator after its reader runs, and is made ready by it or by
+  // a later one.
+  struct Sent {
+    size_t op;
+    void* data;
+    size_t bytes;
+  };
+  std::vector<Sent> used_up;
+  const int rows = kBucketRows[bucket];
+  const size_t hidden_elements = size_t{1} * rows * hidden_steps_ * 16;
+  const size_t mixed_elements = size_t{1} * rows * mixed_steps_ * 16;
+  T* const hidden_acts[2] = {at.act_hidden[bucket], at.acts[bucket]};
+  T* const mixed_acts[2] = {at.acts[bucket] + hidden_elements,
+                            at.acts[bucket] + hidden_elements + mixed_elements};
+  int turn = 0, hidden_turn = 0, mixed_turn = 0;
+  const auto matmul = [&](const DeviceMatrix& matrix, T* act, float* out,
                           const cuda::RowNorm& norm) {
     cuda::Op op;
     op.kind = cuda::OpKind::kMatmul;
@@ -763,13 +772,15 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     op.matmul.out = out;
     op.matmul.norm = norm;
     op.barrier = out == ws.logits;
+    used_up.push_back({ops.size() + 2, act, size_t{1} * rows * matrix.op.k_steps * 16 * sizeof(T)});
     shapes.resize(ops.size());
     shapes.push_back(matrix.shape);
     ops.push_back(op);
     return matrix.Sums(out);
   };
+  const auto sums = [&] { return at.partials[turn++ % 2]; };
   const auto next_input = [&](const float* weight) {
-    return cuda::NormInput{weight, at.act_hidden[bucket], at.squares};
+    return cuda::NormInput{weight, hidden_acts[++hidden_turn % 2], at.squares};
   };
   const auto hidden_norm = [&](float eps) {
     return cuda::RowNorm{at.squares, cuda::Granules(hidden_steps_), 1,
@@ -778,22 +789,26 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   {
     cuda::Op op;
     op.kind = cuda::OpKind::kEmbed;
-    op.embed = {embedding_, at.x, hidden, hidden_steps_, next_input(layers_[0].norm)};
+    op.embed = {
+        embedding_, at.x, hidden, hidden_steps_, {layers_[0].norm, hidden_acts[0], at.squares}};
+    // Whatever the last pass left.
+    used_up.push_back({0, at.acts[bucket], (hidden_elements + 2 * mixed_elements) * sizeof(T)});
     ops.push_back(op);
   }
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& layer = layers_[i];
     const BlockSpec& block = spec_.blocks[i];
     const float* after_block = i + 1 < layers_.size() ? layers_[i + 1].norm : final_norm_;
-    const auto residual = [&](const cuda::Partials& sums, const cuda::RowNorm& norm,
-                              const float* bias, const float* next) -> cuda::ResidualOp& {
+    const auto residual = [&](const cuda::Partials& partials, const cuda::RowNorm& norm,
+                              const float* bias, const float* next) {
       cuda::Op op;
       op.kind = cuda::OpKind::kResidual;
-      op.residual = {sums, norm, bias, at.x, hidden, hidden_steps_, next_input(next)};
+      op.barrier = 0;
+      op.residual = {partials, norm, bias, at.x, hidden, hidden_steps_, next_input(next)};
       ops.push_back(op);
-      return ops.back().residual;
     };
-    const cuda::Partials in = matmul(layer.in, at.act_hidden[bucket], at.partials, {});
+    const cuda::Partials in = matmul(layer.in, hidden_acts[hidden_turn % 2], sums(), {});
+    T* const mixed = mixed_acts[mixed_turn++ % 2];
     cuda::RowNorm out_norm;
     if (const auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
       cuda::Op op;
@@ -812,11 +827,11 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                       layer.inv_freq,
                       2 * static_cast<int>(attention->rope_inv_freq.size()),
                       at.q,
-                      at.act_mixed[bucket]};
+                      mixed};
       for (const cuda::OpKind kind : {cuda::OpKind::kAttentionInputs, cuda::OpKind::kAttendBlocks,
                                       cuda::OpKind::kCombineBlocks}) {
         op.kind = kind;
-        op.barrier = kind != cuda::OpKind::kAttendBlocks;
+        op.barrier = kind == cuda::OpKind::kAttentionInputs;
         op.norm =
             kind == cuda::OpKind::kAttentionInputs ? hidden_norm(block.norm.eps) : cuda::RowNorm{};
         ops.push_back(op);
@@ -828,10 +843,12 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       op.scan = layer.scan;
       op.scan.partials = in;
       op.norm = hidden_norm(block.norm.eps);
-      op.scan.act = at.act_mixed[bucket];
+      op.scan.act = mixed;
       op.scan.squares = at.scan_squares;
       op.scan.sent = at.scan_sent;
       op.kind = cuda::OpKind::kScan;
+      op.barrier = ssd.norm_groups > 1;
+      used_up.push_back({ops.size() + 2, at.scan_sent, size_t{1} * rows * op.scan.sent_bytes});
       ops.push_back(op);
       out_norm = {at.scan_squares, scan_squares_ / ssd.norm_groups, ssd.norm_groups,
                   static_cast<float>(ssd.norm_groups) / static_cast<float>(ssd.inner()),
@@ -840,31 +857,29 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     // Factors of several groups of columns are the product's business, one alone the reader's.
     const bool grouped = out_norm.groups > 1;
     const cuda::Partials out =
-        matmul(layer.out, at.act_mixed[bucket], at.partials, grouped ? out_norm : cuda::RowNorm{});
-    cuda::ResidualOp& after_mixer =
-        residual(out, grouped ? cuda::RowNorm{} : out_norm, layer.out_bias,
-                 block.mlp ? layer.mlp_norm : after_block);
-    if (std::holds_alternative<SsdSpec>(block.mixer)) {
-      after_mixer.unsend = reinterpret_cast<uint4*>(at.scan_sent);
-      after_mixer.unsend_row = layer.scan.sent_bytes / 16;
-    }
+        matmul(layer.out, mixed, sums(), grouped ? out_norm : cuda::RowNorm{});
+    residual(out, grouped ? cuda::RowNorm{} : out_norm, layer.out_bias,
+             block.mlp ? layer.mlp_norm : after_block);
     if (block.mlp) {
-      const cuda::Partials middle = matmul(layer.gate_up, at.act_hidden[bucket], at.partials, {});
+      const cuda::Partials middle = matmul(layer.gate_up, hidden_acts[hidden_turn % 2], sums(), {});
+      T* const gated = mixed_acts[mixed_turn++ % 2];
       cuda::Op op;
       op.kind = cuda::OpKind::kGated;
+      op.barrier = 0;
       op.norm = hidden_norm(block.mlp_norm->eps);
       op.gated = {middle,
                   layer.gate_up_bias,
                   static_cast<int>(block.mlp->activation),
                   block.mlp->intermediate,
                   cuda::PadTo16(block.mlp->intermediate) / 16,
-                  at.act_mixed[bucket]};
+                  gated};
       ops.push_back(op);
-      const cuda::Partials down = matmul(layer.down, at.act_mixed[bucket], at.partials, {});
+      const cuda::Partials down = matmul(layer.down, gated, sums(), {});
       residual(down, {}, layer.down_bias, after_block);
     }
   }
-  matmul(head_, at.act_hidden[bucket], ws.logits, hidden_norm(spec_.final_norm.eps));
+  ops.back().barrier = 1;  // the head's product reads the norm's sums at once
+  matmul(head_, hidden_acts[hidden_turn % 2], ws.logits, hidden_norm(spec_.final_norm.eps));
   for (int stage : {0, 1}) {
     cuda::Op op;
     op.kind = cuda::OpKind::kSelect;
@@ -872,13 +887,21 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                  at.select_values, at.select_tokens, &ws.result->selected};
     ops.push_back(op);
   }
-  // What the kernels rely on: a reader of sums stands behind its product, and that behind a
-  // barrier, so that what warps prepare for the reader while the product runs is there and is not
-  // in use; and a pass ends with a barrier, with the selection, without it, and without the head.
+  for (const Sent& sent : used_up) {
+    if (sent.op >= ops.size()) continue;  // the next pass's first operator does it
+    CHECK(ops[sent.op].unsend_vectors == 0 && sent.bytes % 16 == 0);
+    ops[sent.op].unsend = static_cast<uint4*>(sent.data);
+    ops[sent.op].unsend_vectors = static_cast<int32_t>(sent.bytes / 16);
+  }
+  // What the kernels rely on. An operator begins when all blocks are done with the last but one: so
+  // what warps prepare for the reader of a product while that runs is there and is not in use. A
+  // product that reads norms stands behind a barrier. A pass ends with one, with the selection,
+  // without it, and without the head.
   for (size_t i = 0; i < ops.size(); ++i) {
     const bool prepared = ops[i].norm.squares != nullptr || ops[i].kind == cuda::OpKind::kScan;
     CHECK(!prepared || ops[i - 1].kind == cuda::OpKind::kMatmul);
-    CHECK(ops[i].kind != cuda::OpKind::kMatmul || ops[i - 1].barrier != 0);
+    CHECK(ops[i].kind != cuda::OpKind::kMatmul || ops[i].matmul.norm.squares == nullptr ||
+          ops[i - 1].barrier != 0);
     CHECK(i + 4 < ops.size() || ops[i].barrier != 0);
   }
   names->clear();
@@ -912,19 +935,20 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
     RETURN_IF_CUDA_ERROR(cudaMemsetAsync(data, 0xff, bytes, cuda_.stream()), "clearing memory");
     return absl::OkStatus();
   };
-  RETURN_IF_ERROR(unsend(places.partials, partial_floats_ * sizeof(float)));
+  for (float* partials : places.partials) {
+    RETURN_IF_ERROR(unsend(partials, partial_floats_ * sizeof(float)));
+  }
   RETURN_IF_ERROR(unsend(places.scan_sent, size_t{1} * kMaxRows * sent_bytes_));
   // Once to count the operators, then with the addresses.
   const std::vector<cuda::Op> count = Program(0, *ws, places, &ws->names);
   const size_t op_count = count.size();
-  ws->barriers = BarriersBefore(count);
   ws->product_count = static_cast<int>(ProductsOf(count).size());
   Pieces tables;
   for (int b = 0; b < kBuckets; ++b) {
     tables.Add(&ws->ops[b], op_count);
     tables.Add(&ws->products[b], ws->product_count);
   }
-  tables.Add(&ws->counter, 64);
+  tables.Add(&ws->counters, 2 * cuda::kCounterStride);
   tables.Add(&ws->device_ns, 1);
   tables.Add(&ws->clocks, op_count + 1);
   ASSIGN_OR_RETURN(ws->tables, tables.Place(cuda_));
@@ -1020,8 +1044,8 @@ absl::Status CudaDecoder<T>::RunPass(DecodeState& state, std::span<const TokenId
 
 template <typename T>
 absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
-  ws.last.counter = ws.counter;
-  ws.last.counter_base = ws.counter_base;
+  ws.last.counters = ws.counters;
+  for (int i : {0, 1}) ws.last.counters_base[i] = ws.counters_base[i];
   ws.last.stream_weights_once = stream_bytes_ > cuda_.cache_bytes() / 2;
   ws.last.clocks = clocks;
   ws.last.result = ws.result;
@@ -1031,7 +1055,10 @@ absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
       cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
                           cuda_.shared_bytes(), ws.last, ws.last_nodes, cuda_.stream()),
       "launching a pass");
-  ws.counter_base += static_cast<uint32_t>(ws.barriers[ws.last.op_count]) * cuda_.multiprocessors();
+  for (int i : {0, 1}) {
+    ws.counters_base[i] +=
+        static_cast<uint32_t>((ws.last.op_count + 1 - i) / 2) * cuda_.multiprocessors();
+  }
   return absl::OkStatus();
 }
 
@@ -1278,8 +1305,8 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(const ProductSha
       op.kind = cuda::OpKind::kMatmul;
       op.matmul = p.matrix->op;
       op.matmul.act =
-          shape.in == spec_.info.hidden_size ? places.act_hidden[bucket] : places.act_mixed[bucket];
-      op.matmul.out = p.matrix == &head_ ? ws.logits : places.partials;
+          shape.in == spec_.info.hidden_size ? places.act_hidden[bucket] : places.acts[bucket];
+      op.matmul.out = p.matrix == &head_ ? ws.logits : places.partials[0];
       op.matmul.index = static_cast<int>(ops.size());
       ops.push_back(op);
     }
@@ -1290,13 +1317,12 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(const ProductSha
   const std::vector<cuda::MatmulOp> described = ProductsOf(ops);
   tables.Add(&device_ops, ops.size());
   tables.Add(&device_products, described.size());
-  tables.Add(&ws.counter, 64);
+  tables.Add(&ws.counters, 2 * cuda::kCounterStride);
   ASSIGN_OR_RETURN(ws.tables, tables.Place(cuda_));
   RETURN_IF_ERROR(cuda_.ToDevice(device_ops, ops.data(), ops.size() * sizeof(cuda::Op)));
   RETURN_IF_ERROR(
       cuda_.ToDevice(device_products, described.data(), described.size() * sizeof(cuda::MatmulOp)));
   ws.last_nodes.rows = rows;
-  ws.barriers = BarriersBefore(ops);
   ws.last_bucket = bucket;
   ws.last.ops = device_ops;
   ws.last.op_count = static_cast<int>(ops.size());

@@ -39,9 +39,12 @@ constexpr const char* Name(OpKind kind) {
 struct Op {
   OpKind kind = OpKind::kEmbed;
   int32_t layer = 0;
-  // Whether all blocks are to be done with it before any goes on; else its reader waits for each
-  // value that it reads, see kUnsent.
+  // Whether all blocks are to be done with it before any goes on. Else only before the operator
+  // after the next one, and the next one waits for each value that it reads, see kUnsent.
   int32_t barrier = 1;
+  // What was sent before and is used up: made ready to be sent again while this operator runs.
+  int32_t unsend_vectors = 0;
+  uint4* unsend = nullptr;
   // Of the input of the product before it, whose sums it reads; see HelpRowFactors.
   RowNorm norm;
   union {  // by kind
@@ -57,14 +60,18 @@ struct Op {
   Op() : embed() {}
 };
 
+inline constexpr int kCounterStride = 32;
+
 struct PassArguments {
   const Op* ops = nullptr;
   int op_count = 0;
   // The products among them, for the threads that stream.
   const MatmulOp* products = nullptr;
   int product_count = 0;
-  uint32_t* counter = nullptr;   // of the grid's barriers, monotonic
-  uint32_t counter_base = 0;     // its value before the pass
+  // Of blocks that are done with operators 0, 2, 4, ... and 1, 3, 5, ..., monotonic, kCounterStride
+  // apart, and their values before the pass.
+  uint32_t* counters = nullptr;
+  uint32_t counters_base[2] = {};
   int stream_weights_once = 1;   // whether the weights are larger than the cache
   int64_t* clocks = nullptr;     // [op_count + 1] of block 0, or null
   PassResult* result = nullptr;  // the host's
@@ -79,13 +86,15 @@ struct SharedLayout {
   static constexpr int kRing = kSlots<T, kRowTiles> * kSlotBytes;
   static constexpr int kSignals = 512;
   static constexpr int kNodes = (sizeof(PassNodes) + 127) / 128 * 128;
-  static constexpr int kOp = (sizeof(Op) + 127) / 128 * 128;
+  static constexpr int kOp = (sizeof(Op) + 15) / 16 * 16;
   static constexpr int kNodesAt = kRing + kSignals;
-  // The operator at hand and its layer's store, and those that come next: two places in turn.
+  // The operator at hand, its layer's store and its first activations, and those of the operators
+  // that come next: two places in turn.
   static constexpr int kStore = (sizeof(LayerStore<T>) + 15) / 16 * 16;
-  static constexpr int kTurn = kOp + kStore;
+  static constexpr int kTurn = kOp + kStore + static_cast<int>(sizeof(FirstActs));
   static constexpr int kOpAt = kNodesAt + kNodes;
   static constexpr int kStoreAt = kOpAt + kOp;
+  static constexpr int kFirstActsAt = kStoreAt + kStore;
   static constexpr int kNextAt = kOpAt + kTurn;
   static constexpr int kFactorsAt = kNextAt + 2 * kTurn;
   static constexpr int kFixed = (kFactorsAt + kMaxRows * 4 + 127) / 128 * 128;

@@ -13,8 +13,25 @@ struct Signals {
   PartInfo infos[8];          // of the ring's slots
   uint32_t finished;          // operators, by this block and where a barrier follows by all
   uint32_t copied;            // descriptions of operators
+  uint32_t passed;            // operators before whose last but one predecessor all blocks are
   uint32_t helped[kHelpers];  // operators that are prepared, by each helper
   RingPlace place;            // of the computing warps
+};
+
+// What is added to a counter of operators until all blocks are done with operator i.
+struct Progress {
+  uint32_t* counters;
+  uint32_t base[2];
+
+  __device__ explicit Progress(const PassArguments& arguments)
+      : counters(arguments.counters),
+        base{arguments.counters_base[0], arguments.counters_base[1]} {}
+  __device__ void Add(int i) const { AddRelease(counters + i % 2 * kCounterStride, 1); }
+  __device__ void Await(int i) const {
+    const uint32_t all = (i % 2 == 0 ? base[0] : base[1]) + (i / 2 + 1) * gridDim.x;
+    while (static_cast<int32_t>(LoadAcquire(counters + i % 2 * kCounterStride) - all) < 0) {
+    }
+  }
 };
 
 // Until operator i is ready. A function of its own, for one thread: the compiler serialises wgmma
@@ -31,7 +48,7 @@ template <typename T, int kRowTiles>
 __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ring& ring,
                                         Signals& signals, uint64_t began, char* shared) {
   using Layout = SharedLayout<T, kRowTiles>;
-  uint32_t barrier = arguments.counter_base;
+  const Progress progress(arguments);
   const bool reports = arguments.result != nullptr && blockIdx.x == 0 && threadIdx.x == 0;
   if (arguments.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     arguments.clocks[0] = clock64();
@@ -64,8 +81,9 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
         Embed<T>(op.embed, nodes, kBucket);
         break;
       case OpKind::kMatmul:
-        ConsumeMatmul<T, kRowTiles>(op.matmul, nodes.rows, ring, &signals.place,
-                                    reinterpret_cast<float*>(work + kActRingBytes));
+        ConsumeMatmul<T, kRowTiles>(
+            op.matmul, *reinterpret_cast<const FirstActs*>(shared + Layout::kFirstActsAt),
+            nodes.rows, ring, &signals.place, reinterpret_cast<float*>(work + kActRingBytes));
         break;
       case OpKind::kScan:
         Scan<T, kRowTiles>(op.scan, nodes, store, factors, work);
@@ -94,19 +112,17 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
     const bool all_blocks = op.barrier != 0;
     FenceProxyAsyncShared();
     SyncThreads<kConsumers>();
-    if (all_blocks) barrier += gridDim.x;
     if (threadIdx.x == 0) {
       if (all_blocks) {
-        AddRelease(arguments.counter, 1);
-        while (static_cast<int32_t>(LoadAcquire(arguments.counter) - barrier) < 0) {
-        }
+        progress.Add(i);
+        progress.Await(i);
       }
       StoreReleaseShared(&signals.finished, i + 1);
       if (i + 1 < arguments.op_count) AwaitHelp(signals.helped, i + 1);
       if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
     }
     SyncThreads<kConsumers>();
-    take_op(i + 1);
+    if (i + 1 < arguments.op_count) take_op(i + 1);
   }
   if (reports) {  // after the last operator's barrier
     *arguments.device_ns += DeviceClock() - began;
@@ -115,9 +131,10 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
   }
 }
 
-// What the warps that help do: while an operator runs, they bring the next one's description into
-// shared memory, make the factors of the rows whose sums it will read, and bring what it reads of
-// earlier passes into shared memory or into the cache.
+// What the warps that help do: while an operator runs, they tell the other blocks that the one
+// before it is done, bring the next one's description into shared memory, wait for the other
+// blocks, make the factors of the rows whose sums the next one will read, and bring what it reads
+// of earlier passes into shared memory or into the cache.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void Help(const PassArguments& arguments, const PassNodes& nodes,
                                      Signals& signals, char* shared) {
@@ -130,30 +147,50 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
     }
     __syncwarp();
   };
-  for (int i = 0; i < arguments.op_count; ++i) {
+  const Progress progress(arguments);
+  for (int i = 0; i <= arguments.op_count; ++i) {
     char* op_at = shared + Layout::kNextAt + i % 2 * Layout::kTurn;
     char* store_at = op_at + Layout::kOp;
     const Op& op = *reinterpret_cast<const Op*>(op_at);
     while (LoadAcquireShared(&signals.finished) + 1 < static_cast<uint32_t>(i)) {
     }
     if (helper == 0) {
+      // In this place still stands operator i - 2. After a barrier all know that it is done.
+      const bool tells = i >= 2 && op.barrier == 0;
+      __syncwarp();
+      if (tells && lane == 0) progress.Add(i - 2);
+      if (i == arguments.op_count) break;
       copy(op_at, arguments.ops + i, sizeof(Op));
       if (nodes.layers != nullptr) {  // not so for products alone
         copy(store_at, static_cast<const LayerStore<T>*>(nodes.layers) + op.layer,
              sizeof(LayerStore<T>));
       }
-      if (lane == 0) StoreReleaseShared(&signals.copied, i + 1);
+      if (lane == 0) {
+        StoreReleaseShared(&signals.copied, i + 1);
+        if (tells) progress.Await(i - 2);
+        StoreReleaseShared(&signals.passed, i + 1);
+      }
+      __syncwarp();
+      for (int at = blockIdx.x * 32 + lane; at < op.unsend_vectors; at += gridDim.x * 32) {
+        __stcg(op.unsend + at, make_uint4(kUnsent, kUnsent, kUnsent, kUnsent));
+      }
     } else {
+      if (i == arguments.op_count) break;
       while (LoadAcquireShared(&signals.copied) <= static_cast<uint32_t>(i)) {
+      }
+      if (op.kind == OpKind::kMatmul && lane == 0) {
+        ListActs<T>(op.matmul, kRowTiles, reinterpret_cast<FirstActs*>(store_at + Layout::kStore));
+      }
+      if (op.kind == OpKind::kScan && blockIdx.x < op.scan.heads * op.scan.slices) {
+        StageSlice<T>(op.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at), blockIdx.x,
+                      ScanLayout<T>(8 * kRowTiles, op.scan.padded_d_state), shared + Layout::kFixed,
+                      lane, 32);
+      }
+      while (LoadAcquireShared(&signals.passed) <= static_cast<uint32_t>(i)) {
       }
     }
     if (op.norm.squares != nullptr) {
       HelpRowFactors(op.norm, nodes.rows, helper, kHelpers, factors);
-    }
-    if (op.kind == OpKind::kScan && helper == 1 && blockIdx.x < op.scan.heads * op.scan.slices) {
-      StageSlice<T>(op.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at), blockIdx.x,
-                    ScanLayout<T>(8 * kRowTiles, op.scan.padded_d_state), shared + Layout::kFixed,
-                    lane, 32);
     }
     __syncwarp();
     if (lane == 0) StoreReleaseShared(&signals.helped[helper], i + 1);
@@ -193,6 +230,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     }
     signals.finished = 0;
     signals.copied = 0;
+    signals.passed = 0;
     for (int i = 0; i < kHelpers; ++i) signals.helped[i] = 0;
     signals.place = {};
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -215,6 +253,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         op = next;
       }
     } else if (threadIdx.x == kConsumers + 32) {
+      const Progress progress(arguments);
       const uint64_t policy = EvictNormal();
       MatmulOp op = arguments.products[0];
       for (int i = 0; i < arguments.product_count; ++i) {
@@ -222,6 +261,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         StreamActs<T>(op, kRowTiles, ring, policy, [&] {
           while (LoadAcquireShared(&signals.finished) < static_cast<uint32_t>(op.index)) {
           }
+          if (op.index > 0) progress.Await(op.index - 1);
           FenceProxyAsync();
         });
         op = next;

@@ -362,11 +362,19 @@ __device__ __forceinline__ void CombineBlocks(const AttentionOp& op, const PassN
       T* act = static_cast<T*>(op.act);
       const int column = head * op.head_dim + d;
       if (d < op.head_dim) {
-        act[ActIndex<T>(bucket_rows, row, column)] = FromFloat<T>(__fdividef(sum.x, total));
+        SendElement(act + ActIndex<T>(bucket_rows, row, column),
+                    FromFloat<T>(__fdividef(sum.x, total)));
       }
       if (d + 1 < op.head_dim) {
-        act[ActIndex<T>(bucket_rows, row, column + 1)] = FromFloat<T>(__fdividef(sum.y, total));
+        SendElement(act + ActIndex<T>(bucket_rows, row, column + 1),
+                    FromFloat<T>(__fdividef(sum.y, total)));
       }
+    }
+    // The last head sends the zeros behind it.
+    const int column = op.heads * op.head_dim + lane;
+    if (head + 1 == op.heads && column < PadTo16(op.heads * op.head_dim)) {
+      SendElement(static_cast<T*>(op.act) + ActIndex<T>(bucket_rows, row, column),
+                  FromFloat<T>(0.0f));
     }
     __syncwarp();
 #pragma unroll 1

@@ -760,12 +760,23 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
           out[v] = __fmul_rn(value, norm_weights[dim + v]);
         }
         if (kVec == 4 && op.head_dim % 4 == 0) {
-          StoreAct4<T>(op.act, kRows, row, place, make_float4(out[0], out[1], out[2], out[3]));
+          SendAct4<T>(op.act, kRows, row, place, make_float4(out[0], out[1], out[2], out[3]));
         } else {
 #pragma unroll
           for (int v = 0; v < kVec; ++v) {
             if (dim + v >= dims) continue;
-            static_cast<T*>(op.act)[ActIndex<T>(kRows, row, place + v)] = FromFloat<T>(out[v]);
+            SendElement(static_cast<T*>(op.act) + ActIndex<T>(kRows, row, place + v),
+                        FromFloat<T>(out[v]));
+          }
+        }
+        // The last head of a norm group sends the zeros behind it.
+        const int zeros = op.group_columns - heads_per_norm * op.head_dim;
+        if (zeros > 0 && dim == 0 && first_dim + dims == op.head_dim &&
+            head - norm_group * heads_per_norm + 1 == heads_per_norm) {
+#pragma unroll 1
+          for (int i = 0; i < zeros; ++i) {
+            SendElement(static_cast<T*>(op.act) + ActIndex<T>(kRows, row, place + dims + i),
+                        FromFloat<T>(0.0f));
           }
         }
         // One tree over 32 dimensions, however they are spread over threads.

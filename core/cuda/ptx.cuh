@@ -179,6 +179,16 @@ __device__ inline void SendElement(__nv_bfloat16* to, __nv_bfloat16 v) {
                "h"(bits == 0xffff ? static_cast<unsigned short>(0x7fff) : bits)
                : "memory");
 }
+// Two f32, and four bf16 as they are packed: no bits of those that PackBf16 makes are kUnsent's.
+__device__ inline void Send2(float* to, float a, float b) {
+  const float none = __uint_as_float(0x7fffffffu);
+  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(to),
+               "f"(IsUnsent(a) ? none : a), "f"(IsUnsent(b) ? none : b)
+               : "memory");
+}
+__device__ inline void SendPacked(void* to, uint32_t a, uint32_t b) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
+}
 __device__ inline void Unsend(float* at, bool there = true) {
   StoreNew(at, __uint_as_float(kUnsent), there);
 }

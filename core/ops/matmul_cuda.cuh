@@ -249,23 +249,45 @@ __device__ inline void StreamWeights(const MatmulOp& op, Ring& ring, uint64_t po
   });
 }
 
-// One thread: brings the activations that go with them, once ready() has returned.
+// The first activations of a block's run, as many as their ring holds: first k-step and k-steps of
+// each slot, -1 where there is none.
+struct __align__(16) FirstActs {
+  int16_t step[kActSlots], steps[kActSlots];
+};
+
+// One thread.
+template <typename T>
+__device__ inline void ListActs(const MatmulOp& op, int row_tiles, FirstActs* list) {
+  const int most = ActSteps<T>(row_tiles);
+  int count = 0;
+  ForParts<T>(op, [&](const PartInfo& part, int k, int64_t) {
+    int left = part.steps;
+    do {
+      if (count == kActSlots) return;
+      list->step[count] = static_cast<int16_t>(k + part.steps - left);
+      list->steps[count++] = static_cast<int16_t>(min(left, most));
+      left -= most;
+    } while (left > 0);
+  });
+  for (; count < kActSlots; ++count) list->steps[count] = -1;
+}
+
+// One thread: brings the activations behind the first ones, once ready() has returned.
 template <typename T, typename Ready>
 __device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring, uint64_t policy,
                                   const Ready& ready) {
   const int step_bytes = 8 * row_tiles * 16 * static_cast<int>(sizeof(T));
-  bool waited = false;
+  int slot = 0;
   ForParts<T>(op, [&](const PartInfo& part, int k, int64_t) {
-    if (!waited) ready();
-    waited = true;
     const char* from = static_cast<const char*>(op.act) + k * step_bytes;
     int left = part.steps;
     do {
       const int steps = min(left, ActSteps<T>(row_tiles));
       const uint32_t bytes = steps * step_bytes;
       BarrierWait(&ring.acts_empty[ring.act_slot], ring.act_phase ^ 1);
-      BarrierExpect(&ring.acts_here[ring.act_slot], bytes);
-      if (bytes > 0) {
+      if (slot == kActSlots) ready();
+      if (slot++ >= kActSlots) {
+        BarrierExpect(&ring.acts_here[ring.act_slot], bytes);
         BulkCopy(ring.acts(), from, bytes, &ring.acts_here[ring.act_slot], policy);
       }
       from += bytes;
@@ -430,15 +452,50 @@ __device__ inline void RowFactors(const RowNorm& norm, int rows, float* factors)
   }
 }
 
-// A function of its own: divergent loops before wgmma make the compiler serialise that.
-__device__ __noinline__ inline void MatmulFactors(const RowNorm& norm, int rows, float* factors) {
-  RowFactors(norm, rows, factors);
+// All computing threads: makes the factors of a norm that the product applies, waits for the first
+// activations, which come from other blocks without a barrier (kUnsent), and fills their ring, of
+// which nothing is in use. A function of its own, and one only: divergent loops before wgmma, and a
+// second call, make the compiler serialise that.
+template <typename T, int kRowTiles>
+__device__ __noinline__ inline void BeginMatmul(const MatmulOp& op, const FirstActs& list, int rows,
+                                                int slot, char* slots, float* factors) {
+  if (op.norm.squares != nullptr) RowFactors(op.norm, rows, factors);
+  static_assert(kActSlotBytes == kConsumers * 16);
+  constexpr int kStepBytes = 8 * kRowTiles * 16 * static_cast<int>(sizeof(T));
+  const int at = threadIdx.x * 16, in_step = at % kStepBytes / 16;
+  // See ActIndex. Of rows that the pass does not have nothing comes, and nothing is used.
+  const int row = sizeof(T) == 2 ? in_step / 16 * 8 + in_step % 8 : in_step / 4;
+  uint4 v[kActSlots];
+  const char* from[kActSlots];
+#pragma unroll
+  for (int s = 0; s < kActSlots; ++s) {
+    from[s] = static_cast<const char*>(op.act) + list.step[s] * kStepBytes + at;
+    v[s] = LoadSentBits(from[s], row < rows && at < list.steps[s] * kStepBytes);
+  }
+  bool unsent;
+  do {
+    unsent = false;
+#pragma unroll
+    for (int s = 0; s < kActSlots; ++s) {
+      if (!IsUnsent<T>(v[s])) continue;
+      v[s] = LoadSentBits(from[s]);
+      unsent = true;
+    }
+  } while (unsent);
+#pragma unroll
+  for (int s = 0; s < kActSlots; ++s) {
+    if (at < list.steps[s] * kStepBytes) {
+      *reinterpret_cast<uint4*>(slots + (slot + s) % kActSlots * kActSlotBytes + at) = v[s];
+    }
+  }
+  FenceProxyAsyncShared();
 }
 
 // All computing threads. factors: [norm groups][kMaxRows] in shared memory.
 template <typename T, int kRowTiles>
-__device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, const Ring& first,
-                                              RingPlace* at, float* factors) {
+__device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, const FirstActs& first_acts,
+                                              int rows, const Ring& first, RingPlace* at,
+                                              float* factors) {
   // What decides on the way to wgmma must be seen to be the same in a whole warp: hence shuffles.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), sub = warp / 4;
   const int lane = threadIdx.x % 32;
@@ -454,9 +511,10 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
   const bool grouped = op.norm.groups > 1;
   float sums[kRowTiles][4] = {};
   float totals[kRowTiles][4] = {};  // of norm groups that are complete
-  if (with_norm) {
-    MatmulFactors(op.norm, rows, factors);
-    SyncThreads<kConsumers>();
+  BeginMatmul<T, kRowTiles>(op, first_acts, rows, ring.act_slot, ring.act_slots, factors);
+  SyncThreads<kConsumers>();
+  if (threadIdx.x < kActSlots && first_acts.steps[threadIdx.x] >= 0) {
+    BarrierArrive(&ring.acts_here[(ring.act_slot + threadIdx.x) % kActSlots], 1);
   }
   PartInfo part = {};
   int left = 0, acts_left = 0, most = 0, subs = 0;

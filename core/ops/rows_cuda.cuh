@@ -29,8 +29,7 @@ struct EmbedOp {
   NormInput next;
 };
 
-// x += factor * partials + bias. And what the blocks of a scan sent to each other is made ready for
-// the next one.
+// x += factor * partials + bias
 struct ResidualOp {
   Partials partials;
   RowNorm norm;  // of the product's input, in one group
@@ -39,8 +38,6 @@ struct ResidualOp {
   int columns = 0;
   int k_steps = 0;
   NormInput next;
-  uint4* unsend = nullptr;  // null: nothing
-  int unsend_row = 0;       // vectors of a row
 };
 
 // act = T(activation(factor * gate + bias) * (factor * up + bias))
@@ -213,15 +210,15 @@ struct Sum4 {
   }
 };
 
-// Columns column to column + 3 of an act.
+// Columns column to column + 3 of an act, to the products that read it.
 template <typename T>
-__device__ inline void StoreAct4(void* act, int bucket_rows, int row, int column, float4 v) {
+__device__ inline void SendAct4(void* act, int bucket_rows, int row, int column, float4 v) {
   T* to = static_cast<T*>(act) + ActIndex<T>(bucket_rows, row, column);
   if constexpr (sizeof(T) == 2) {
-    __stcg(reinterpret_cast<uint2*>(to), make_uint2(PackBf16(v.x, v.y), PackBf16(v.z, v.w)));
+    SendPacked(to, PackBf16(v.x, v.y), PackBf16(v.z, v.w));
   } else {
-    __stcg(reinterpret_cast<float2*>(to), make_float2(v.x, v.y));
-    __stcg(reinterpret_cast<float2*>(to + 4), make_float2(v.z, v.w));
+    Send2(to, v.x, v.y);
+    Send2(to + 4, v.z, v.w);
   }
 }
 
@@ -232,8 +229,8 @@ __device__ inline void WriteNormInput(const NormInput& next, int bucket_rows, in
                                       bool active, int row, int column, float4 x, float4 w) {
   const float squares = WarpSum(fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, x.x * x.x))));
   if (active) {
-    StoreAct4<T>(next.act, bucket_rows, row, column,
-                 make_float4(x.x * w.x, x.y * w.y, x.z * w.z, x.w * w.w));
+    SendAct4<T>(next.act, bucket_rows, row, column,
+                make_float4(x.x * w.x, x.y * w.y, x.z * w.z, x.w * w.w));
   }
   StoreNew(next.squares + row * granules + column / kGranule, squares, column % kGranule == 0);
 }
@@ -277,13 +274,6 @@ template <typename T>
 __device__ __forceinline__ void Residual(const ResidualOp& shared_op, const PassNodes& nodes,
                                          int bucket_rows) {
   const ResidualOp op = shared_op;
-  if (op.unsend != nullptr) {
-#pragma unroll 1
-    for (int i = blockIdx.x * kConsumers + threadIdx.x; i < nodes.rows * op.unsend_row;
-         i += gridDim.x * kConsumers) {
-      __stcg(op.unsend + i, make_uint4(kUnsent, kUnsent, kUnsent, kUnsent));
-    }
-  }
   ForGranules(nodes.rows, op.k_steps, [&](int row, int column, bool active) {
     float* at = op.x + row * op.k_steps * 16 + column;
     const int splits = active && column < op.columns ? Splits(op.partials, column) : 0;
@@ -362,7 +352,7 @@ __device__ __forceinline__ void Gated(const GatedOp& shared_op, const PassNodes&
     };
     const float4 y = {value(0, gate.x, up.x), value(1, gate.y, up.y), value(2, gate.z, up.z),
                       value(3, gate.w, up.w)};
-    if (active) StoreAct4<T>(op.act, bucket_rows, row, column, y);
+    if (active) SendAct4<T>(op.act, bucket_rows, row, column, y);
   });
 }
 
