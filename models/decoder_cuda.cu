@@ -748,8 +748,9 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   const int hidden = spec_.info.hidden_size;
   std::vector<cuda::Op> ops;
   std::vector<ProductShape> shapes;  // of the operators that are products
-  // What was sent is used up when the operator after its reader runs, and is made ready by it or by
-  // a later one.
+  // Whether products wait for each activation, and not for a barrier before them.
+  const bool sends_acts = cuda::SendsActs(kBucketRows[bucket]);
+  // What was sent is used up when the operator after its reader runs, which makes it ready again.
   struct Sent {
     size_t op;
     void* data;
@@ -762,7 +763,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   T* const hidden_acts[2] = {at.act_hidden[bucket], at.acts[bucket]};
   T* const mixed_acts[2] = {at.acts[bucket] + hidden_elements,
                             at.acts[bucket] + hidden_elements + mixed_elements};
-  int turn = 0, hidden_turn = 0, mixed_turn = 0;
+  int sums_turn = 0, hidden_turn = 0, mixed_turn = 0;
   const auto matmul = [&](const DeviceMatrix& matrix, T* act, float* out,
                           const cuda::RowNorm& norm) {
     cuda::Op op;
@@ -772,15 +773,18 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     op.matmul.out = out;
     op.matmul.norm = norm;
     op.barrier = out == ws.logits;
-    used_up.push_back({ops.size() + 2, act, size_t{1} * rows * matrix.op.k_steps * 16 * sizeof(T)});
+    if (sends_acts) {
+      used_up.push_back(
+          {ops.size() + 2, act, size_t{1} * rows * matrix.op.k_steps * 16 * sizeof(T)});
+    }
     shapes.resize(ops.size());
     shapes.push_back(matrix.shape);
     ops.push_back(op);
     return matrix.Sums(out);
   };
-  const auto sums = [&] { return at.partials[turn++ % 2]; };
+  const auto turn = [&](int* count) { return sends_acts ? ++*count % 2 : 0; };
   const auto next_input = [&](const float* weight) {
-    return cuda::NormInput{weight, hidden_acts[++hidden_turn % 2], at.squares};
+    return cuda::NormInput{weight, hidden_acts[turn(&hidden_turn)], at.squares};
   };
   const auto hidden_norm = [&](float eps) {
     return cuda::RowNorm{at.squares, cuda::Granules(hidden_steps_), 1,
@@ -792,7 +796,9 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     op.embed = {
         embedding_, at.x, hidden, hidden_steps_, {layers_[0].norm, hidden_acts[0], at.squares}};
     // Whatever the last pass left.
-    used_up.push_back({0, at.acts[bucket], (hidden_elements + 2 * mixed_elements) * sizeof(T)});
+    if (sends_acts) {
+      used_up.push_back({0, at.acts[bucket], (hidden_elements + 2 * mixed_elements) * sizeof(T)});
+    }
     ops.push_back(op);
   }
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -803,12 +809,13 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                               const float* bias, const float* next) {
       cuda::Op op;
       op.kind = cuda::OpKind::kResidual;
-      op.barrier = 0;
+      op.barrier = !sends_acts;
       op.residual = {partials, norm, bias, at.x, hidden, hidden_steps_, next_input(next)};
       ops.push_back(op);
     };
-    const cuda::Partials in = matmul(layer.in, hidden_acts[hidden_turn % 2], sums(), {});
-    T* const mixed = mixed_acts[mixed_turn++ % 2];
+    const cuda::Partials in =
+        matmul(layer.in, hidden_acts[hidden_turn % 2], at.partials[turn(&sums_turn)], {});
+    T* const mixed = mixed_acts[turn(&mixed_turn)];
     cuda::RowNorm out_norm;
     if (const auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
       cuda::Op op;
@@ -831,7 +838,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       for (const cuda::OpKind kind : {cuda::OpKind::kAttentionInputs, cuda::OpKind::kAttendBlocks,
                                       cuda::OpKind::kCombineBlocks}) {
         op.kind = kind;
-        op.barrier = kind == cuda::OpKind::kAttentionInputs;
+        op.barrier = kind == cuda::OpKind::kAttentionInputs ||
+                     (kind == cuda::OpKind::kCombineBlocks && !sends_acts);
         op.norm =
             kind == cuda::OpKind::kAttentionInputs ? hidden_norm(block.norm.eps) : cuda::RowNorm{};
         ops.push_back(op);
@@ -847,7 +855,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       op.scan.squares = at.scan_squares;
       op.scan.sent = at.scan_sent;
       op.kind = cuda::OpKind::kScan;
-      op.barrier = ssd.norm_groups > 1;
+      op.barrier = !sends_acts || ssd.norm_groups > 1;
       used_up.push_back({ops.size() + 2, at.scan_sent, size_t{1} * rows * op.scan.sent_bytes});
       ops.push_back(op);
       out_norm = {at.scan_squares, scan_squares_ / ssd.norm_groups, ssd.norm_groups,
@@ -856,16 +864,17 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     }
     // Factors of several groups of columns are the product's business, one alone the reader's.
     const bool grouped = out_norm.groups > 1;
-    const cuda::Partials out =
-        matmul(layer.out, mixed, sums(), grouped ? out_norm : cuda::RowNorm{});
+    const cuda::Partials out = matmul(layer.out, mixed, at.partials[turn(&sums_turn)],
+                                      grouped ? out_norm : cuda::RowNorm{});
     residual(out, grouped ? cuda::RowNorm{} : out_norm, layer.out_bias,
              block.mlp ? layer.mlp_norm : after_block);
     if (block.mlp) {
-      const cuda::Partials middle = matmul(layer.gate_up, hidden_acts[hidden_turn % 2], sums(), {});
-      T* const gated = mixed_acts[mixed_turn++ % 2];
+      const cuda::Partials middle =
+          matmul(layer.gate_up, hidden_acts[hidden_turn % 2], at.partials[turn(&sums_turn)], {});
+      T* const gated = mixed_acts[turn(&mixed_turn)];
       cuda::Op op;
       op.kind = cuda::OpKind::kGated;
-      op.barrier = 0;
+      op.barrier = !sends_acts;
       op.norm = hidden_norm(block.mlp_norm->eps);
       op.gated = {middle,
                   layer.gate_up_bias,
@@ -874,7 +883,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                   cuda::PadTo16(block.mlp->intermediate) / 16,
                   gated};
       ops.push_back(op);
-      const cuda::Partials down = matmul(layer.down, gated, sums(), {});
+      const cuda::Partials down = matmul(layer.down, gated, at.partials[turn(&sums_turn)], {});
       residual(down, {}, layer.down_bias, after_block);
     }
   }
@@ -900,8 +909,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   for (size_t i = 0; i < ops.size(); ++i) {
     const bool prepared = ops[i].norm.squares != nullptr || ops[i].kind == cuda::OpKind::kScan;
     CHECK(!prepared || ops[i - 1].kind == cuda::OpKind::kMatmul);
-    CHECK(ops[i].kind != cuda::OpKind::kMatmul || ops[i].matmul.norm.squares == nullptr ||
-          ops[i - 1].barrier != 0);
+    CHECK(ops[i].kind != cuda::OpKind::kMatmul || ops[i - 1].barrier != 0 ||
+          (sends_acts && ops[i].matmul.norm.squares == nullptr));
     CHECK(i + 4 < ops.size() || ops[i].barrier != 0);
   }
   names->clear();

@@ -178,7 +178,7 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
       if (i == arguments.op_count) break;
       while (LoadAcquireShared(&signals.copied) <= static_cast<uint32_t>(i)) {
       }
-      if (op.kind == OpKind::kMatmul && lane == 0) {
+      if (SendsActs(8 * kRowTiles) && op.kind == OpKind::kMatmul && lane == 0) {
         ListActs<T>(op.matmul, kRowTiles, reinterpret_cast<FirstActs*>(store_at + Layout::kStore));
       }
       if (op.kind == OpKind::kScan && blockIdx.x < op.scan.heads * op.scan.slices) {

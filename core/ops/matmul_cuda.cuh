@@ -48,6 +48,10 @@ CANOPY_HOST_DEVICE constexpr int ActSteps(int row_tiles) {
   return kActSlotBytes / (8 * row_tiles * 16 * static_cast<int>(sizeof(T)));
 }
 
+// Whether the first activations of a block's run are sent, see kUnsent, and do not wait for a
+// barrier. With more rows everybody who waits for so many of them is in the others' way.
+CANOPY_HOST_DEVICE constexpr bool SendsActs(int bucket_rows) { return bucket_rows <= 16; }
+
 inline constexpr int kUnitRows = 64;  // outputs of a unit
 template <typename T>
 inline constexpr int kUnitBytes = kUnitRows * 16 * static_cast<int>(sizeof(T));
@@ -277,7 +281,8 @@ template <typename T, typename Ready>
 __device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring, uint64_t policy,
                                   const Ready& ready) {
   const int step_bytes = 8 * row_tiles * 16 * static_cast<int>(sizeof(T));
-  int slot = 0;
+  int slot = SendsActs(8 * row_tiles) ? 0 : kActSlots;
+  bool waited = false;
   ForParts<T>(op, [&](const PartInfo& part, int k, int64_t) {
     const char* from = static_cast<const char*>(op.act) + k * step_bytes;
     int left = part.steps;
@@ -285,10 +290,13 @@ __device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring,
       const int steps = min(left, ActSteps<T>(row_tiles));
       const uint32_t bytes = steps * step_bytes;
       BarrierWait(&ring.acts_empty[ring.act_slot], ring.act_phase ^ 1);
-      if (slot == kActSlots) ready();
       if (slot++ >= kActSlots) {
+        if (!waited) ready();
+        waited = true;
         BarrierExpect(&ring.acts_here[ring.act_slot], bytes);
-        BulkCopy(ring.acts(), from, bytes, &ring.acts_here[ring.act_slot], policy);
+        if (bytes > 0) {
+          BulkCopy(ring.acts(), from, bytes, &ring.acts_here[ring.act_slot], policy);
+        }
       }
       from += bytes;
       left -= steps;
@@ -452,43 +460,45 @@ __device__ inline void RowFactors(const RowNorm& norm, int rows, float* factors)
   }
 }
 
-// All computing threads: makes the factors of a norm that the product applies, waits for the first
-// activations, which come from other blocks without a barrier (kUnsent), and fills their ring, of
-// which nothing is in use. A function of its own, and one only: divergent loops before wgmma, and a
-// second call, make the compiler serialise that.
+// All computing threads: makes the factors of a norm that the product applies, and waits for the
+// first activations, which come from other blocks without a barrier (kUnsent), and fills their
+// ring, of which nothing is in use. A function of its own, and one only: divergent loops before
+// wgmma, and a second call, make the compiler serialise that.
 template <typename T, int kRowTiles>
 __device__ __noinline__ inline void BeginMatmul(const MatmulOp& op, const FirstActs& list, int rows,
                                                 int slot, char* slots, float* factors) {
   if (op.norm.squares != nullptr) RowFactors(op.norm, rows, factors);
-  static_assert(kActSlotBytes == kConsumers * 16);
-  constexpr int kStepBytes = 8 * kRowTiles * 16 * static_cast<int>(sizeof(T));
-  const int at = threadIdx.x * 16, in_step = at % kStepBytes / 16;
-  // See ActIndex. Of rows that the pass does not have nothing comes, and nothing is used.
-  const int row = sizeof(T) == 2 ? in_step / 16 * 8 + in_step % 8 : in_step / 4;
-  uint4 v[kActSlots];
-  const char* from[kActSlots];
-#pragma unroll
-  for (int s = 0; s < kActSlots; ++s) {
-    from[s] = static_cast<const char*>(op.act) + list.step[s] * kStepBytes + at;
-    v[s] = LoadSentBits(from[s], row < rows && at < list.steps[s] * kStepBytes);
-  }
-  bool unsent;
-  do {
-    unsent = false;
+  if constexpr (SendsActs(8 * kRowTiles)) {
+    static_assert(kActSlotBytes == kConsumers * 16);
+    constexpr int kStepBytes = 8 * kRowTiles * 16 * static_cast<int>(sizeof(T));
+    const int at = threadIdx.x * 16, in_step = at % kStepBytes / 16;
+    // See ActIndex. Of rows that the pass does not have nothing comes, and nothing is used.
+    const int row = sizeof(T) == 2 ? in_step / 16 * 8 + in_step % 8 : in_step / 4;
+    uint4 v[kActSlots];
+    const char* from[kActSlots];
 #pragma unroll
     for (int s = 0; s < kActSlots; ++s) {
-      if (!IsUnsent<T>(v[s])) continue;
-      v[s] = LoadSentBits(from[s]);
-      unsent = true;
+      from[s] = static_cast<const char*>(op.act) + list.step[s] * kStepBytes + at;
+      v[s] = LoadSentBits(from[s], row < rows && at < list.steps[s] * kStepBytes);
     }
-  } while (unsent);
+    bool unsent;
+    do {
+      unsent = false;
 #pragma unroll
-  for (int s = 0; s < kActSlots; ++s) {
-    if (at < list.steps[s] * kStepBytes) {
-      *reinterpret_cast<uint4*>(slots + (slot + s) % kActSlots * kActSlotBytes + at) = v[s];
+      for (int s = 0; s < kActSlots; ++s) {
+        if (!IsUnsent<T>(v[s])) continue;
+        v[s] = LoadSentBits(from[s]);
+        unsent = true;
+      }
+    } while (unsent);
+#pragma unroll
+    for (int s = 0; s < kActSlots; ++s) {
+      if (at < list.steps[s] * kStepBytes) {
+        *reinterpret_cast<uint4*>(slots + (slot + s) % kActSlots * kActSlotBytes + at) = v[s];
+      }
     }
+    FenceProxyAsyncShared();
   }
-  FenceProxyAsyncShared();
 }
 
 // All computing threads. factors: [norm groups][kMaxRows] in shared memory.
@@ -511,9 +521,12 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, const FirstAct
   const bool grouped = op.norm.groups > 1;
   float sums[kRowTiles][4] = {};
   float totals[kRowTiles][4] = {};  // of norm groups that are complete
-  BeginMatmul<T, kRowTiles>(op, first_acts, rows, ring.act_slot, ring.act_slots, factors);
-  SyncThreads<kConsumers>();
-  if (threadIdx.x < kActSlots && first_acts.steps[threadIdx.x] >= 0) {
+  constexpr bool kSends = SendsActs(8 * kRowTiles);
+  if (kSends || with_norm) {
+    BeginMatmul<T, kRowTiles>(op, first_acts, rows, ring.act_slot, ring.act_slots, factors);
+    SyncThreads<kConsumers>();
+  }
+  if (kSends && threadIdx.x < kActSlots && first_acts.steps[threadIdx.x] >= 0) {
     BarrierArrive(&ring.acts_here[(ring.act_slot + threadIdx.x) % kActSlots], 1);
   }
   PartInfo part = {};
