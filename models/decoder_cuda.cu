@@ -1051,10 +1051,11 @@ absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
 
 template <typename T>
 absl::Status CudaDecoder<T>::CheckPromises(std::span<const ForwardItem> items) const {
-  // A prompt's chunks are at least a segment long, but for the first and the last.
+  // A prompt's chunks have at least so many rows, but for the first and the last.
+  const int chunk = std::min(kSegment, MaxRows());
   uint32_t passes = 0;
   for (const ForwardItem& item : items) {
-    passes += item.commit_chain ? static_cast<uint32_t>(item.tokens.size()) / kSegment + 2 : 1;
+    passes += item.commit_chain ? static_cast<uint32_t>(item.tokens.size()) / chunk + 2 : 1;
   }
   for (const ForwardItem& item : items) {
     for (const TokenId token : item.tokens) {

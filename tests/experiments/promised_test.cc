@@ -12,6 +12,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/support/fake_model.h"
+#include "tests/support/noting_drafter.h"
 #include "tests/support/promising_model.h"
 #include "tests/support/random_model.h"
 
@@ -20,35 +21,9 @@ namespace {
 
 using testing::FakeModel;
 using ::testing::HasSubstr;
+using testing::NotingDrafter;
 using testing::PassLog;
 using testing::PromisingModel;
-
-// Notes the trees of another drafter, as the acceptance rule sees them.
-class NotingDrafter final : public Drafter {
- public:
-  explicit NotingDrafter(const Drafter& base) : base_(base) {}
-  DrafterInfo info() const override { return base_.info(); }
-  absl::StatusOr<std::unique_ptr<DraftState>> NewState() const override { return base_.NewState(); }
-  absl::Status Draft(std::span<const DraftContext> contexts,
-                     std::span<DraftTree> out) const override {
-    RETURN_IF_ERROR(base_.Draft(contexts, out));
-    if (!out[0].tree.promised()) trees.push_back(out[0].tree.ToString());
-    return absl::OkStatus();
-  }
-  absl::StatusOr<double> Resolve(const DraftContext& context, DraftTree* out) const override {
-    ASSIGN_OR_RETURN(const double seconds, base_.Resolve(context, out));
-    trees.push_back(out->tree.ToString());
-    ++resolved;
-    return seconds;
-  }
-  size_t MemoryBytes(const DraftState& state) const override { return base_.MemoryBytes(state); }
-
-  mutable std::vector<std::string> trees;
-  mutable int resolved = 0;
-
- private:
-  const Drafter& base_;
-};
 
 // A target and a draft model on one backend, promising or not.
 struct Pair {
@@ -249,7 +224,8 @@ TEST_F(PromisedTest, LogitsThatAreNoNumbersAreFoundAllTheSame) {
   for (bool promising : {false, true}) {
     Pair pair(*cpu_, target, draft, promising);
     pair.target.nan = [](int call, int row) { return call == 3 && row == 0; };
-    EXPECT_THAT(std::string(Generate(pair, prompt, {}).status.message()), HasSubstr("are not numbers"));
+    EXPECT_THAT(std::string(Generate(pair, prompt, {}).status.message()),
+                HasSubstr("are not numbers"));
   }
 }
 
@@ -261,6 +237,53 @@ TEST_F(PromisedTest, TokensThatTheTargetDoesNotHaveAreRefused) {
     EXPECT_EQ(Generate(pair, prompt, {.shape = "chain:1"}).status.code(),
               absl::StatusCode::kInvalidArgument);
   }
+}
+
+// Promises the best token of a pass of its own, and cannot resolve it.
+class ForgetfulDrafter final : public Drafter {
+ public:
+  explicit ForgetfulDrafter(const LanguageModel& model) : model_(model) {}
+  DrafterInfo info() const override { return {"forgetful", false}; }
+  absl::StatusOr<std::unique_ptr<DraftState>> NewState() const override {
+    return absl::UnimplementedError("it has none");
+  }
+  absl::Status Draft(std::span<const DraftContext> contexts,
+                     std::span<DraftTree> out) const override {
+    RETURN_IF_ERROR(BeginDraft(contexts[0], &out[0]));
+    EXPECT_EQ(contexts[0].promises, model_.promises());
+    ASSIGN_OR_RETURN(const auto state, model_.NewState({.max_positions = 100, .max_pending = 1}));
+    ASSIGN_OR_RETURN(const auto workspace, model_.NewWorkspace(1));
+    const ForwardItem item{.state = state.get(),
+                           .tokens = contexts[0].tokens,
+                           .logits = LogitsOf::kLast,
+                           .commit_chain = true,
+                           .top = 1,
+                           .promise = true};
+    ASSIGN_OR_RETURN(const ForwardResult result, model_.Forward({&item, 1}, *workspace));
+    return out[0].AddPromised(NodeId(0), result.top[0]).status();
+  }
+  size_t MemoryBytes(const DraftState&) const override { return 0; }
+
+ private:
+  const LanguageModel& model_;
+};
+
+TEST_F(PromisedTest, DraftersThatPromiseResolve) {
+  const FakeModel target({.vocab = 20, .seed = 1});
+  const Pair pair(*cpu_, target, target, true);
+  const ForgetfulDrafter drafter(pair.draft);
+  const auto loop = *DecodeLoop::Create(pair.target, 8);
+  const auto rule = *MakeAcceptanceRule("greedy");
+  const auto prompt = Prompt(5, 20, 1);
+  DecodeRequest request;
+  request.prompt = prompt;
+  request.drafter = &drafter;
+  request.rule = rule.get();
+  request.max_new_tokens = 10;
+  request.max_nodes = 8;
+  Generation out;
+  EXPECT_THAT(std::string(loop->Decode({&request, 1}, {&out, 1}).message()),
+              HasSubstr("drafter 'forgetful' does not resolve promised tokens"));
 }
 
 TEST_F(PromisedTest, PromisesEnd) {
