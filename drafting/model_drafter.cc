@@ -118,8 +118,8 @@ class ModelDrafter final : public Drafter {
                        [this](const DraftContext& context) { return Ranked(context); })
                ? best_
                : 0;
-    // One sequence that gets a node at least: its promises are of this round's last passes, and they
-    // stand in the tree.
+    // One sequence that gets a node at least: its promises are of this round's last passes, and
+    // they stand in the tree.
     promise_ = top_ > 0 && contexts.size() == 1 && contexts[0].promises != nullptr &&
                contexts[0].promises == model_.promises() && contexts[0].max_nodes > 0 &&
                contexts[0].max_depth > 0 && passes_ < kPromisePasses;
