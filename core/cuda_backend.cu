@@ -1,5 +1,9 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cstring>
+
+#include "core/cuda/pass.h"
 #include "core/cuda_backend.h"
 
 namespace canopy {
@@ -58,10 +62,20 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(int device) {
   RETURN_IF_CUDA_ERROR(cudaSetDevice(device), "choosing the device");
   RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&backend->stream_, cudaStreamNonBlocking),
                        "making a stream");
+  constexpr size_t kResultBytes = kPromisePasses * sizeof(cuda::PassResult);
+  RETURN_IF_CUDA_ERROR(cudaMallocHost(&backend->results_, kResultBytes),
+                       "allocating pinned memory");
+  std::memset(backend->results_, 0, kResultBytes);
+  ASSIGN_OR_RETURN(backend->selections_,
+                   backend->Allocate(kPromisePasses * sizeof(cuda::Selected)));
+  ASSIGN_OR_RETURN(backend->ns_, backend->Allocate(sizeof(uint64_t)));
   return backend;
 }
 
 CudaBackend::~CudaBackend() {
+  selections_ = Buffer();
+  ns_ = Buffer();
+  if (results_ != nullptr) cudaFreeHost(results_);
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
 }
 
@@ -114,12 +128,19 @@ absl::Status CudaBackend::ToHost(void* to, const void* from, size_t bytes) {
 }
 
 absl::Status CudaBackend::Synchronize() {
+  ++waits_;
   return CudaStatus(cudaStreamSynchronize(stream_), "waiting for the device");
 }
 
-absl::Status CudaBackend::Await(uint32_t* number, uint32_t value) {
-  const std::atomic_ref<uint32_t> there(*number);
-  for (uint32_t tries = 1; there.load(std::memory_order_acquire) != value; ++tries) {
+cuda::PassResult* CudaBackend::result(uint32_t pass) const {
+  return results_ + cuda::PlaceOf(pass);
+}
+cuda::Selected* CudaBackend::selections() const { return selections_.as<cuda::Selected>(); }
+
+absl::Status CudaBackend::AwaitPass(uint32_t pass) {
+  ++waits_;
+  const std::atomic_ref<uint32_t> there(result(pass)->number);
+  for (uint32_t tries = 1; there.load(std::memory_order_acquire) != pass; ++tries) {
     // An error would never write it.
     if (tries % 4096 != 0) continue;
     const cudaError_t error = cudaStreamQuery(stream_);
@@ -128,11 +149,43 @@ absl::Status CudaBackend::Await(uint32_t* number, uint32_t value) {
       continue;
     }
     RETURN_IF_CUDA_ERROR(error, "waiting for the device");
-    if (there.load(std::memory_order_acquire) != value) {
+    if (there.load(std::memory_order_acquire) != pass) {
       return absl::InternalError("the device is done and has not said so");
     }
   }
+  waited_ns_ = std::max(waited_ns_, result(pass)->device_ns);
   return absl::OkStatus();
+}
+
+absl::StatusOr<double> CudaBackend::Resolve(std::span<TokenId> tokens) {
+  uint32_t least_age = cuda::kPassNumbers;
+  for (const TokenId token : tokens) {
+    if (!IsPromised(token)) continue;
+    const cuda::Promise promise = cuda::ToPromise(token.value);
+    if (!cuda::Holds(promise, passes_)) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("a promised token of a pass that is no longer kept; at most ",
+                       kPromisePasses - 1, " passes may be launched before it is resolved"));
+    }
+    least_age = std::min(least_age, (passes_ - promise.pass) % cuda::kPassNumbers);
+  }
+  if (least_age == cuda::kPassNumbers) return 0.0;
+  // The passes before the last are done with it.
+  const uint32_t last = passes_ - least_age;
+  const std::atomic_ref<uint32_t> there(result(last)->number);
+  if (there.load(std::memory_order_acquire) != last) RETURN_IF_ERROR(AwaitPass(last));
+  for (TokenId& token : tokens) {
+    if (!IsPromised(token)) continue;
+    const cuda::Promise promise = cuda::ToPromise(token.value);
+    token = TokenId(result(promise.pass)->selected.token[promise.row][promise.k]);
+  }
+  return Seconds(result(last)->device_ns);
+}
+
+void CudaBackend::SkipDeviceTime(uint32_t pass) {
+  const uint64_t ns = result(pass)->device_ns;
+  skipped_ns_ += ns - waited_ns_;
+  waited_ns_ = ns;
 }
 
 }  // namespace canopy

@@ -6,11 +6,18 @@
 #include <cuda_runtime_api.h>
 
 #include <memory>
+#include <span>
 #include <string>
 
 #include "core/backend.h"
+#include "trees/ids.h"
 
 namespace canopy {
+
+namespace cuda {
+struct PassResult;
+struct Selected;
+}  // namespace cuda
 
 // OK, or Internal with what was being done and CUDA's name and text of the error; ResourceExhausted
 // for a lack of memory.
@@ -40,17 +47,31 @@ class CudaBackend final : public Backend {
   absl::Status ToDevice(void* to, const void* from, size_t bytes);
   absl::Status ToHost(void* to, const void* from, size_t bytes);
   absl::Status Synchronize();
-  // Waits until a number in pinned memory, which what was launched last writes, has become `value`:
-  // some microseconds faster than Synchronize.
-  absl::Status Await(uint32_t* number, uint32_t value);
 
-  // Seconds that the device has worked on passes, by its own clock.
-  double device_seconds() const { return device_seconds_; }
-  void AddDeviceSeconds(double seconds) { device_seconds_ += seconds; }
+  // Passes of all models are numbered from 1 on in the order in which they are launched. What each
+  // leaves is kept for a while, see core/cuda/pass.h.
+  uint32_t NewPass() { return ++passes_; }
+  uint32_t passes() const { return passes_; }
+  cuda::PassResult* result(uint32_t pass) const;              // in the host's memory
+  cuda::Selected* selections() const;                         // on the device, of all that are kept
+  uint64_t* device_ns() const { return ns_.as<uint64_t>(); }  // the same, of all passes so far
+  // Waits for a pass of the last kPromisePasses, some microseconds less than Synchronize.
+  absl::Status AwaitPass(uint32_t pass);
+  // As LanguageModel::Resolve.
+  absl::StatusOr<double> Resolve(std::span<TokenId> tokens);
+
+  // Seconds that the device has worked on passes up to the last that was waited for, by its own
+  // clock; of those after it up to `pass`, which is done, nothing shall be counted.
+  double device_seconds() const { return Seconds(waited_ns_); }
+  void SkipDeviceTime(uint32_t pass);
+
+  // How often the host has waited for the device.
+  uint64_t waits() const { return waits_; }
 
  private:
   CudaBackend() = default;
   void Free(void* data, size_t bytes) override;
+  double Seconds(uint64_t ns) const { return 1e-9 * static_cast<double>(ns - skipped_ns_); }
 
   int device_ = 0;
   std::string name_;
@@ -59,7 +80,13 @@ class CudaBackend final : public Backend {
   int shared_bytes_ = 0;
   size_t cache_bytes_ = 0;
   cudaStream_t stream_ = nullptr;
-  double device_seconds_ = 0.0;
+  uint32_t passes_ = 0;
+  cuda::PassResult* results_ = nullptr;  // [kPromisePasses], pinned
+  Buffer selections_;                    // [kPromisePasses]
+  Buffer ns_;
+  uint64_t waited_ns_ = 0;  // of device_ns, when the last pass that was waited for was done
+  uint64_t skipped_ns_ = 0;
+  uint64_t waits_ = 0;
   std::atomic<size_t> bytes_in_use_{0};
   std::atomic<size_t> peak_bytes_{0};
   std::atomic<uint64_t> allocations_{0};

@@ -77,6 +77,8 @@ void DecodeState::DropPendingFrom(int nodes) {
   depths_.resize(nodes);
 }
 
+absl::Status DecodeState::ResolvePending() { return model_->Resolve(tokens_).status(); }
+
 void DecodeState::Reset() {
   DropPending();
   position_ = 0;

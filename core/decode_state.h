@@ -121,7 +121,7 @@ class DecodeState {
 
   int position() const { return position_; }                        // length of the prefix
   int pending() const { return static_cast<int>(tokens_.size()); }  // number of pending nodes
-  TokenId token(NodeId node) const { return tokens_[node.value]; }
+  TokenId token(NodeId node) const { return tokens_[node.value]; }  // as given, or resolved
   NodeId parent(NodeId node) const { return parents_[node.value]; }
   int depth(NodeId node) const { return depths_[node.value]; }  // 0 under the prefix
 
@@ -132,6 +132,8 @@ class DecodeState {
   void DropPending();
   // Drops pending nodes numbered `nodes` and above.
   void DropPendingFrom(int nodes);
+  // Puts tokens in the place of the pending nodes' promised ones, see LanguageModel::Resolve.
+  absl::Status ResolvePending();
   // An empty prefix and no pending nodes; memory is kept.
   void Reset();
   // A copy of everything. Costs memory().total_bytes.

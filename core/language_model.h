@@ -38,6 +38,9 @@ struct ModelInfo {
 };
 
 inline constexpr int kMaxTop = 32;
+// Promised tokens hold until that many further passes of the backend have been launched, of
+// whatever model: the pass that is the kPromisePasses-th after theirs may still read them.
+inline constexpr int kPromisePasses = 64;
 
 enum class LogitsOf { kNone, kLast, kAll };
 
@@ -46,6 +49,7 @@ enum class LogitsOf { kNone, kLast, kAll };
 // under the prefix (or, with pending nodes, an error).
 struct ForwardItem {
   DecodeState* state = nullptr;
+  // Also promised ones, of passes on the backend that the model's promises() names.
   std::span<const TokenId> tokens;
   std::span<const NodeId> parents;
   LogitsOf logits = LogitsOf::kAll;
@@ -55,6 +59,9 @@ struct ForwardItem {
   // Above 0 (at most kMaxTop): instead of the logits, the tokens of the `top` greatest, best first;
   // of equals the lower id. The same for all items of a call. For models with prefers_top.
   int top = 0;
+  // With `top`, for models with promises(): the call does not wait for the device, and result.top
+  // holds promised tokens. The same for all items of a call.
+  bool promise = false;
 };
 
 // Scratch memory of passes, made by the model for a number of rows. Reused from pass to pass, so
@@ -70,7 +77,8 @@ struct ForwardResult {
   ConstMatrix logits;
   // First row of each item: valid as long as logits.
   std::span<const int> first_row;
-  // [rows asked for, top], with `top` set; -1 where a row has logits that are not numbers.
+  // [rows asked for, top], with `top` set; -1 where a row has logits that are not numbers, which of
+  // promised tokens Resolve tells.
   std::span<const TokenId> top;
 };
 
@@ -87,20 +95,39 @@ class LanguageModel {
   // passes).
   virtual absl::StatusOr<std::unique_ptr<Workspace>> NewWorkspace(int max_rows) const = 0;
   // Scores the new nodes of all items in one pass and leaves them pending.
-  // InvalidArgument, with every state as it was, for a token outside the vocabulary, a parent that
-  // does not exist, a tree of more than kMaxTreeHeight levels, or more nodes or positions than
-  // state or workspace hold.
+  // InvalidArgument, with every state as it was, for a token outside the vocabulary or a promise
+  // that does not hold, a parent that does not exist, a tree of more than kMaxTreeHeight levels, or
+  // more nodes or positions than state or workspace hold. A promised token that turns out to be
+  // outside the vocabulary, or -1, is scored as if it were another one.
   virtual absl::StatusOr<ForwardResult> Forward(std::span<const ForwardItem> items,
                                                 Workspace& workspace) const = 0;
   // Seconds that the model's device has worked on passes so far, by its own clock, with those of
   // other models on it; 0 where it is the host.
   virtual double DeviceSeconds() const { return 0.0; }
+  // The backend whose passes' promised tokens this model takes and gives; null: it has none. A
+  // draft model and a target that name the same one can be run one behind the other without a wait.
+  virtual const Backend* promises() const { return nullptr; }
+  // Puts tokens in the place of promised ones, after waiting for their passes where those are not
+  // done; others stay. -1 where the row's logits are not numbers. Gives DeviceSeconds as it was
+  // when the last of those passes was done, 0 where nothing was promised. FailedPrecondition, with
+  // tokens as they were, for a promise that no longer holds or that is not of promises().
+  virtual absl::StatusOr<double> Resolve(std::span<TokenId> tokens) const;
 
  private:
   friend class DecodeState;
   // Moves the rows of a path that DecodeState has checked behind the prefix, and folds.
   virtual absl::Status CommitRows(DecodeState& state, std::span<const NodeId> path) const = 0;
 };
+
+inline absl::StatusOr<double> LanguageModel::Resolve(std::span<TokenId> tokens) const {
+  for (const TokenId token : tokens) {
+    if (IsPromised(token)) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "promised tokens, but ", info().architecture, " at ", info().path, " has none"));
+    }
+  }
+  return 0.0;
+}
 
 }  // namespace canopy
 

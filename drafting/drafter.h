@@ -6,8 +6,10 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 #include <string_view>
 
+#include "core/backend.h"
 #include "core/random.h"
 #include "core/status.h"
 #include "verify/draft_tree.h"
@@ -38,6 +40,9 @@ struct DraftContext {
   // stays within both.
   int max_nodes = 63;
   int max_depth = 31;
+  // The tree may hold promised tokens of this backend's passes (LanguageModel::promises); null: it
+  // may not. Such a tree goes to Drafter::Resolve once the target's pass over it is done.
+  const Backend* promises = nullptr;
 };
 
 // Clears `out` and gives it node 0, the last of context.tokens: how every Draft begins.
@@ -67,9 +72,18 @@ class Drafter {
   // Draws a tree for each context into out[i], overwriting it. tokens must not be empty.
   virtual absl::Status Draft(std::span<const DraftContext> contexts,
                              std::span<DraftTree> out) const = 0;
+  // Puts tokens in the place of those that Draft promised for this context, in `out` and in
+  // whatever the drafter keeps; the next Draft needs it. Gives LanguageModel::DeviceSeconds as it
+  // was when the last of their passes was done. For drafters that promise.
+  virtual absl::StatusOr<double> Resolve(const DraftContext& context, DraftTree* out) const;
   // Bytes of everything the drafter and `state` hold, weights included.
   virtual size_t MemoryBytes(const DraftState& state) const = 0;
 };
+
+inline absl::StatusOr<double> Drafter::Resolve(const DraftContext&, DraftTree*) const {
+  return absl::UnimplementedError(
+      absl::StrCat("drafter '", std::string(info().name), "' does not resolve promised tokens"));
+}
 
 }  // namespace canopy
 

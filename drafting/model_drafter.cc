@@ -5,6 +5,10 @@
 // The draft model's state has the sequence as its prefix and the drafted nodes that were scored as
 // its pending nodes. At the next call the text that has been added since is followed through them,
 // and what it has in common with a path is committed instead of computed again.
+//
+// With children that are the best tokens, a level's form does not depend on the tokens of the one
+// above. Where the context allows promised tokens, all passes are launched one behind the other,
+// and Resolve brings the tokens once somebody has waited for them.
 
 #include <algorithm>
 #include <mutex>
@@ -21,6 +25,7 @@ class ModelDraftState final : public DraftState {
   void Reset() override {
     state->Reset();
     root_position = 0;
+    promised = false;
   }
 
   std::unique_ptr<DecodeState> state;
@@ -36,6 +41,7 @@ class ModelDraftState final : public DraftState {
   std::vector<NodeId> shape_of;
   std::vector<NodeId> pending_of;  // kPrefix where the node was not scored
   uint32_t draws = 0;              // made in this round
+  bool promised = false;           // tokens of this round, which are not resolved yet
 
   // Scratch.
   std::vector<NodeId> path;
@@ -62,7 +68,13 @@ class ModelDrafter final : public Drafter {
         max_positions_(options.max_positions),
         max_rows_(options.workspace_rows),
         workspace_(std::move(workspace)) {
-    for (int i = 0; i < shape_.size(); ++i) inner_nodes_ += shape_.children(NodeId(i)) > 0;
+    std::vector<int> scored(kMaxTreeHeight, 0);  // nodes of a level
+    for (int i = 0; i < shape_.size(); ++i) {
+      if (shape_.children(NodeId(i)) == 0) continue;
+      ++inner_nodes_;
+      ++scored[shape_.depth(NodeId(i))];
+    }
+    for (const int nodes : scored) passes_ += (nodes + max_rows_ - 1) / max_rows_;
     const ModelInfo& draft = model_.info();
     if (draft.prefers_top && vocab_ == draft.vocab_size && shape_.max_children() <= kMaxTop) {
       best_ = std::min(shape_.max_children(), vocab_);
@@ -106,6 +118,11 @@ class ModelDrafter final : public Drafter {
                        [this](const DraftContext& context) { return Ranked(context); })
                ? best_
                : 0;
+    // One sequence that gets a node at least: its promises are of this round's last passes, and
+    // they stand in the tree.
+    promise_ = top_ > 0 && contexts.size() == 1 && contexts[0].promises != nullptr &&
+               contexts[0].promises == model_.promises() && contexts[0].max_nodes > 0 &&
+               contexts[0].max_depth > 0 && passes_ < kPromisePasses;
     RETURN_IF_ERROR(ReadNewTokens(contexts));
     level_.clear();
     for (size_t i = 0; i < contexts.size(); ++i) {
@@ -129,6 +146,20 @@ class ModelDrafter final : public Drafter {
       begin = end;
     }
     return absl::OkStatus();
+  }
+
+  absl::StatusOr<double> Resolve(const DraftContext& context, DraftTree* out) const override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ModelDraftState& own = StateOf(context);
+    const std::span<const TokenId> tokens = out->tree.tokens();
+    pass_tokens_.assign(tokens.begin(), tokens.end());
+    ASSIGN_OR_RETURN(const double seconds, model_.Resolve(pass_tokens_));
+    for (const TokenId token : pass_tokens_) RETURN_IF_ERROR(CheckBest(token));
+    RETURN_IF_ERROR(out->tree.Resolve(pass_tokens_));
+    RETURN_IF_ERROR(own.state->ResolvePending());
+    RETURN_IF_ERROR(model_.Resolve(own.root_best).status());
+    own.promised = false;
+    return seconds;
   }
 
  private:
@@ -161,6 +192,11 @@ class ModelDrafter final : public Drafter {
       return absl::InvalidArgumentError("model draft: drawing children needs the context's noise");
     }
     ModelDraftState& own = StateOf(context);
+    if (own.promised) {
+      return absl::FailedPreconditionError(
+          "model draft: the tokens of the last draft are promised still; resolve it, or reset the "
+          "state");
+    }
     DecodeState& state = *own.state;
     const int size = static_cast<int>(context.tokens.size());
     if (size > state.options().max_positions) {
@@ -216,7 +252,8 @@ class ModelDrafter final : public Drafter {
                           .parents = {},
                           .logits = LogitsOf::kLast,
                           .commit_chain = true,
-                          .top = top_});
+                          .top = top_,
+                          .promise = promise_});
       }
       if (!items_.empty()) {
         ASSIGN_OR_RETURN(const ForwardResult result, model_.Forward(items_, *workspace_));
@@ -228,6 +265,7 @@ class ModelDrafter final : public Drafter {
           if (top_ > 0) {
             const auto best = result.top.subspan(static_cast<size_t>(row) * top_, top_);
             own.root_best.assign(best.begin(), best.end());
+            own.promised |= promise_;
           } else {
             const float* logits = result.logits.row(row);
             std::copy(logits, logits + own.root_logits.size(), own.root_logits.begin());
@@ -300,7 +338,8 @@ class ModelDrafter final : public Drafter {
                             .parents = {pass_parents_.data() + pass_parents_.size(), 0},
                             .logits = LogitsOf::kAll,
                             .commit_chain = false,
-                            .top = top_});
+                            .top = top_,
+                            .promise = promise_});
         }
         ForwardItem& item = items_.back();
         pass_tokens_.push_back(tree.token(row.node));
@@ -313,6 +352,7 @@ class ModelDrafter final : public Drafter {
       ASSIGN_OR_RETURN(const ForwardResult result, model_.Forward(items_, *workspace_));
       for (size_t i = begin; i < pass_end; ++i) {
         const Row row = level_[i];
+        StateOf(contexts[row.context]).promised |= promise_;
         const int at = static_cast<int>(i - begin);
         std::span<const float> logits;
         std::span<const TokenId> best;
@@ -370,10 +410,11 @@ class ModelDrafter final : public Drafter {
         own.best.assign(best.begin(), best.begin() + std::min<size_t>(room, best.size()));
       }
       for (const TokenId token : own.best) {
-        if (token.value < 0) {
-          return absl::DataLossError(absl::StrCat("the logits of the draft model ",
-                                                  model_.info().path, " are not numbers"));
+        if (IsPromised(token)) {
+          RETURN_IF_ERROR(out->AddPromised(node, token).status());
+          continue;
         }
+        RETURN_IF_ERROR(CheckBest(token));
         RETURN_IF_ERROR(out->AddNode(node, token).status());
       }
     }
@@ -385,6 +426,13 @@ class ModelDrafter final : public Drafter {
     return absl::OkStatus();
   }
 
+  // Of a model's best tokens, -1 says that there are none.
+  absl::Status CheckBest(TokenId token) const {
+    if (token.value >= 0) return absl::OkStatus();
+    return absl::DataLossError(
+        absl::StrCat("the logits of the draft model ", model_.info().path, " are not numbers"));
+  }
+
   const LanguageModel& model_;
   const DraftMethod method_;
   const TreeShape shape_;
@@ -393,11 +441,13 @@ class ModelDrafter final : public Drafter {
   const int max_rows_;
   int best_ = 0;         // tokens to ask a model with prefers_top for; 0: its logits are needed
   int inner_nodes_ = 0;  // of the shape, node 0 included: more than ever are pending
+  int passes_ = 0;       // of a round, but for those that read the text before its last part
 
   // One round at a time; what it needs is kept from round to round.
   mutable std::mutex mutex_;
   std::unique_ptr<Workspace> workspace_;
-  mutable int top_ = 0;  // of this round's passes
+  mutable int top_ = 0;           // of this round's passes
+  mutable bool promise_ = false;  // the same
   mutable std::vector<Row> level_;
   mutable std::vector<ForwardItem> items_;
   mutable std::vector<TokenId> pass_tokens_;

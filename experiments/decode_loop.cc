@@ -31,7 +31,7 @@ class PhaseTimer {
 
 // Drafts are plug-ins: what they return is checked before the target works on it.
 absl::Status CheckDraft(const DraftTree& draft, TokenId last, int max_nodes, int max_depth,
-                        const Drafter& drafter) {
+                        bool may_promise, const Drafter& drafter) {
   const auto error = [&](const std::string& message) {
     return absl::InvalidArgumentError(
         absl::StrCat("drafter '", std::string(drafter.info().name), "' ", message));
@@ -51,6 +51,9 @@ absl::Status CheckDraft(const DraftTree& draft, TokenId last, int max_nodes, int
   if (draft.proposals.size() < static_cast<size_t>(tree.size())) {
     return error(absl::StrCat("returned ", draft.proposals.size(), " proposals for ", tree.size(),
                               " nodes"));
+  }
+  if (tree.promised() && !may_promise) {
+    return error("returned promised tokens where it was not allowed to");
   }
   return absl::OkStatus();
 }
@@ -197,8 +200,11 @@ absl::Status DecodeLoop::Round(const DecodeRequest& request, int max_depth, Gene
                                bool* done) {
   PhaseTimer timer;
   const double device_before = target_->DeviceSeconds();
+  const double drafted_before = out->seconds.draft;
+  const bool greatest_only =
+      request.scores == nullptr && request.rule->NeedsGreatestOnly(request.sampling);
+  DraftContext context;
   if (request.max_nodes > 1 && max_depth > 0) {
-    DraftContext context;
     context.tokens = tokens_;
     context.state = request.draft_state;
     context.sampling = &request.sampling;
@@ -206,9 +212,10 @@ absl::Status DecodeLoop::Round(const DecodeRequest& request, int max_depth, Gene
     context.gumbel_coupled = request.rule->name() == "gumbel";
     context.max_nodes = request.max_nodes - 1;
     context.max_depth = max_depth;
+    if (greatest_only && target_->info().prefers_top) context.promises = target_->promises();
     RETURN_IF_ERROR(request.drafter->Draft({&context, 1}, {&draft_, 1}));
-    RETURN_IF_ERROR(
-        CheckDraft(draft_, tokens_.back(), request.max_nodes, max_depth, *request.drafter));
+    RETURN_IF_ERROR(CheckDraft(draft_, tokens_.back(), request.max_nodes, max_depth,
+                               context.promises != nullptr, *request.drafter));
   } else {
     draft_.Clear();
     RETURN_IF_ERROR(draft_.AddNode(kPrefix, tokens_.back()).status());
@@ -216,11 +223,24 @@ absl::Status DecodeLoop::Round(const DecodeRequest& request, int max_depth, Gene
   const TokenTree& tree = draft_.tree;
   timer.AddTo(&out->seconds.draft);
 
-  ASSIGN_OR_RETURN(const TargetScores scores,
-                   verifier_->Score(tree, *state_,
-                                    request.scores == nullptr &&
-                                        request.rule->NeedsGreatestOnly(request.sampling)));
-  timer.AddTo(&out->seconds.verify);
+  ASSIGN_OR_RETURN(const TargetScores scores, verifier_->Score(tree, *state_, greatest_only));
+  double drafted_at = device_before;
+  if (tree.promised()) {
+    // The drafter's passes were before the target's, so there is nothing to wait for.
+    ASSIGN_OR_RETURN(drafted_at, request.drafter->Resolve(context, &draft_));
+    if (tree.promised()) {
+      return absl::InternalError(absl::StrCat("drafter '",
+                                              std::string(request.drafter->info().name),
+                                              "' left promised tokens in its tree"));
+    }
+    RETURN_IF_ERROR(Validate(draft_, target_->info().vocab_size));
+  }
+  double verify = 0.0;
+  timer.AddTo(&verify);
+  const double late =
+      std::clamp((drafted_at - device_before) - (out->seconds.draft - drafted_before), 0.0, verify);
+  out->seconds.draft += late;
+  out->seconds.verify += verify - late;
   if (request.scores != nullptr) request.scores->OnScores(tokens_, tree, scores);
 
   const int64_t position = static_cast<int64_t>(tokens_.size()) - 1;

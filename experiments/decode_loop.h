@@ -1,5 +1,9 @@
 // The decode loop: draft, verify, accept, commit, until an end-of-text token or a limit.
 //
+// Where a rule needs the greatest tokens alone and a drafter's model runs on the target's device,
+// the loop lets the drafter promise its tokens (LanguageModel::promises), so that the target's pass
+// is launched right behind the drafter's, and waits for the device once a round.
+//
 // Counting (docs/results.md): a round is one verify pass; its accept length is the number of tokens
 // that it adds to the output, so the accept lengths of a generation sum to its tokens. An
 // end-of-text token is output; what the tree held after it is neither output nor counted.
@@ -29,8 +33,11 @@ namespace canopy {
 // Seconds of a monotonic clock.
 struct PhaseSeconds {
   double prefill = 0;  // the target reading the prompt, its last token excepted
-  double draft = 0;    // the draft model reading the prompt included
-  double verify = 0;
+  // The draft model reading the prompt included. Of passes that nobody waits for before the
+  // target's is launched, as long as they took by the device's clock where that is longer than
+  // launching them.
+  double draft = 0;
+  double verify = 0;  // without what of such passes has gone to draft
   double accept = 0;
   double commit = 0;
   double total = 0;  // of the whole call: the phases and what lies between them

@@ -109,6 +109,7 @@ class Storage final : public StateStorage {
         cudaMemsetAsync(layers[i].checkpoints[0], 0, checkpoint_bytes[i], cuda.stream());
       }
     }
+    deferred = {};
   }
   absl::Status CopyFrom(const StateStorage& other) override {
     const auto& from = static_cast<const Storage&>(other);
@@ -116,6 +117,7 @@ class Storage final : public StateStorage {
     RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(memory.data(), from.memory.data(), memory.bytes(),
                                          cudaMemcpyDeviceToDevice, cuda.stream()),
                          "copying a state");
+    deferred = from.deferred;
     return cuda.Synchronize();
   }
 
@@ -126,13 +128,14 @@ class Storage final : public StateStorage {
   Buffer tables;  // LayerStore<T> [layers], then CommitLayer<T> [layers]
   const cuda::CommitLayer<T>* commit = nullptr;
   Buffer attention;  // scratch of the keys' blocks
+  // Rows of the prefix that are in the places of pending nodes still; the next pass moves them.
+  cuda::CommitPath deferred;
 };
 
 class CudaWorkspace final : public Workspace {
  public:
   ~CudaWorkspace() override {
     if (logits_host != nullptr) cudaFreeHost(logits_host);
-    if (result != nullptr) cudaFreeHost(result);
   }
   // On the device.
   size_t bytes() const override { return memory.bytes() + tables.bytes(); }
@@ -152,10 +155,7 @@ class CudaWorkspace final : public Workspace {
 
   float* logits_host = nullptr;  // [logits_rows][padded vocab], pinned
   int logits_rows = 0;
-  cuda::PassResult* result = nullptr;  // pinned
-  uint64_t* device_ns = nullptr;
-  uint32_t passes = 0;      // launched
-  uint64_t counted_ns = 0;  // of device_ns, that the backend knows of
+  uint32_t pass = 0;  // number of the one that was launched last
   std::vector<TokenId> top;
   std::vector<int> first_row;
   TreePlan plan;
@@ -164,6 +164,8 @@ class CudaWorkspace final : public Workspace {
   int last_bucket = -1;
   cuda::PassArguments last;
   cuda::PassNodes last_nodes = {};
+  cuda::PassCommit last_commit;  // once only: the pass writes the rows that it reads
+  bool reports = true;
 };
 
 // Cuts one allocation into aligned pieces: first all are asked for, then placed.
@@ -200,6 +202,10 @@ class CudaDecoder final : public CudaModel {
   absl::StatusOr<ForwardResult> Forward(std::span<const ForwardItem> items,
                                         Workspace& workspace) const override;
   double DeviceSeconds() const override { return cuda_.device_seconds(); }
+  const Backend* promises() const override { return &cuda_; }
+  absl::StatusOr<double> Resolve(std::span<TokenId> tokens) const override {
+    return cuda_.Resolve(tokens);
+  }
   size_t PassBytes(int nodes, int context) const override;
   absl::StatusOr<std::vector<double>> Repeat(Workspace& workspace, int repetitions) const override;
   absl::StatusOr<std::vector<OperatorTime>> Breakdown(Workspace& workspace) const override;
@@ -267,6 +273,7 @@ class CudaDecoder final : public CudaModel {
   };
 
   absl::Status CommitRows(DecodeState& state, std::span<const NodeId> path) const override;
+  // Leaves the path's rows to the state's next pass, or moves them now and folds.
   absl::Status CommitPath(DecodeState& state, const cuda::CommitPath& path) const;
 
   // whole: where the result is read as it is, and not from splits. outputs: which output of the
@@ -282,8 +289,9 @@ class CudaDecoder final : public CudaModel {
                  std::span<const TokenId> tokens, CudaWorkspace& ws, cuda::PassNodes* nodes) const;
   absl::Status RunPass(DecodeState& state, std::span<const TokenId> tokens, int first_pending,
                        bool chain, bool head, int top, CudaWorkspace& ws) const;
-  // Waits for the pass that was launched last.
-  absl::Status AwaitPass(CudaWorkspace& ws) const;
+  // InvalidArgument for a promise that will not hold until the items' last pass.
+  absl::Status CheckPromises(std::span<const ForwardItem> items) const;
+  static absl::Status CheckRepeatable(const CudaWorkspace& ws);
   // Runs ws.last, with a clock at every operator if `clocks` is not null.
   absl::Status Launch(CudaWorkspace& ws, int64_t* clocks = nullptr) const;
   Storage<T>& StorageOf(DecodeState& state) const {
@@ -892,8 +900,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   for (int stage : {0, 1}) {
     cuda::Op op;
     op.kind = cuda::OpKind::kSelect;
-    op.select = {ws.logits,        head_.op.ld,      spec_.info.vocab_size, stage,
-                 at.select_values, at.select_tokens, &ws.result->selected};
+    op.select = {ws.logits, head_.op.ld,      spec_.info.vocab_size,
+                 stage,     at.select_values, at.select_tokens};
     ops.push_back(op);
   }
   for (const Sent& sent : used_up) {
@@ -932,9 +940,6 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
   }
   auto ws = std::make_unique<CudaWorkspace>();
   ws->max_rows = max_rows;
-  RETURN_IF_CUDA_ERROR(cudaMallocHost(&ws->result, sizeof(cuda::PassResult)),
-                       "allocating pinned memory");
-  *ws->result = {};
   ws->logits_ld = head_.op.ld;
   Places places;
   Pieces pieces;
@@ -958,7 +963,6 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
     tables.Add(&ws->products[b], ws->product_count);
   }
   tables.Add(&ws->counters, 2 * cuda::kCounterStride);
-  tables.Add(&ws->device_ns, 1);
   tables.Add(&ws->clocks, op_count + 1);
   ASSIGN_OR_RETURN(ws->tables, tables.Place(cuda_));
   for (int b = 0; b < kBuckets; ++b) {
@@ -1048,7 +1052,12 @@ absl::Status CudaDecoder<T>::RunPass(DecodeState& state, std::span<const TokenId
   ws.last.op_count = count;
   ws.last.products = ws.products[bucket];
   ws.last.product_count = ws.product_count - (head ? 0 : 1);
-  return Launch(ws);
+  Storage<T>& storage = StorageOf(state);
+  ws.last_commit = {storage.deferred, storage.commit, static_cast<int>(layers_.size())};
+  RETURN_IF_ERROR(Launch(ws));
+  storage.deferred = {};
+  ws.last_commit = {};
+  return absl::OkStatus();
 }
 
 template <typename T>
@@ -1057,13 +1066,18 @@ absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
   for (int i : {0, 1}) ws.last.counters_base[i] = ws.counters_base[i];
   ws.last.stream_weights_once = stream_bytes_ > cuda_.cache_bytes() / 2;
   ws.last.clocks = clocks;
-  ws.last.result = ws.result;
-  ws.last.device_ns = ws.device_ns;
-  ws.last.number = ++ws.passes;
-  RETURN_IF_CUDA_ERROR(
-      cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
-                          cuda_.shared_bytes(), ws.last, ws.last_nodes, cuda_.stream()),
-      "launching a pass");
+  if (ws.reports) {
+    ws.pass = cuda_.NewPass();
+    ws.last.result = cuda_.result(ws.pass);
+    ws.last.device_ns = cuda_.device_ns();
+    ws.last.number = ws.pass;
+    ws.last.vocab = spec_.info.vocab_size;
+    ws.last.selections = cuda_.selections();
+  }
+  RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
+                                           cuda_.shared_bytes(), ws.last, ws.last_nodes,
+                                           ws.last_commit, cuda_.stream()),
+                       "launching a pass");
   for (int i : {0, 1}) {
     ws.counters_base[i] +=
         static_cast<uint32_t>((ws.last.op_count + 1 - i) / 2) * cuda_.multiprocessors();
@@ -1072,10 +1086,25 @@ absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
 }
 
 template <typename T>
-absl::Status CudaDecoder<T>::AwaitPass(CudaWorkspace& ws) const {
-  RETURN_IF_ERROR(cuda_.Await(&ws.result->passes, ws.passes));
-  cuda_.AddDeviceSeconds(1e-9 * static_cast<double>(ws.result->device_ns - ws.counted_ns));
-  ws.counted_ns = ws.result->device_ns;
+absl::Status CudaDecoder<T>::CheckPromises(std::span<const ForwardItem> items) const {
+  // A prompt's chunks have at least so many rows, but for the first and the last.
+  const int chunk = std::min(kSegment, MaxRows());
+  uint32_t passes = 0;
+  for (const ForwardItem& item : items) {
+    passes += item.commit_chain ? static_cast<uint32_t>(item.tokens.size()) / chunk + 2 : 1;
+  }
+  for (const ForwardItem& item : items) {
+    for (const TokenId token : item.tokens) {
+      if (!IsPromised(token)) continue;
+      const cuda::Promise promise = cuda::ToPromise(token.value);
+      if (!cuda::Holds(promise, cuda_.passes()) ||
+          !cuda::Holds(promise, cuda_.passes() + passes - 1)) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("forward: a promised token of a pass that is no longer kept; at most ",
+                         kPromisePasses - 1, " others may be launched in between"));
+      }
+    }
+  }
   return absl::OkStatus();
 }
 
@@ -1092,6 +1121,7 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
                                                      MaxRows()));
     }
   }
+  RETURN_IF_ERROR(CheckPromises(items));
   ws.first_row.clear();
   int wanted = 0;
   for (const ForwardItem& item : items) {
@@ -1101,6 +1131,7 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
                                                : 0;
   }
   const int top = items[0].top;
+  const bool promise = items[0].promise;
   const int vocab = spec_.info.vocab_size;
   const int64_t stride = PaddedColumns(vocab);
   if (top == 0 && wanted > ws.logits_rows) {
@@ -1114,15 +1145,20 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
     ws.logits_rows = wanted;
   }
   ws.top.resize(static_cast<size_t>(wanted) * top);
-  int row = 0;  // of the result
+  int row = 0;           // of the result
+  uint32_t awaited = 0;  // the pass that was waited for last
   // Rows [from, from + count) of the pass that was launched last become the result's next rows.
   const auto take = [&](int from, int count) -> absl::Status {
     if (top > 0) {
-      RETURN_IF_ERROR(AwaitPass(ws));
+      if (!promise) {
+        RETURN_IF_ERROR(cuda_.AwaitPass(ws.pass));
+        awaited = ws.pass;
+      }
+      const cuda::Selected& selected = cuda_.result(ws.pass)->selected;
       for (int i = 0; i < count; ++i) {
         for (int k = 0; k < top; ++k) {
-          ws.top[static_cast<size_t>(row + i) * top + k] =
-              TokenId(ws.result->selected.token[from + i][k]);
+          ws.top[static_cast<size_t>(row + i) * top + k] = TokenId(
+              promise ? cuda::ToToken({ws.pass, from + i, k}) : selected.token[from + i][k]);
         }
       }
     } else {
@@ -1171,7 +1207,7 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
     }
   }
   // Also where nothing is read: the caller's clock is to see this pass, and not the next one.
-  RETURN_IF_ERROR(AwaitPass(ws));
+  if (!promise && awaited != ws.pass) RETURN_IF_ERROR(cuda_.AwaitPass(ws.pass));
   if (top == 0 && wanted > 0) RETURN_IF_ERROR(cuda_.Synchronize());  // logits come in copies
   ForwardResult result;
   if (top == 0 && wanted > 0) result.logits = {ws.logits_host, wanted, vocab, stride};
@@ -1183,11 +1219,17 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
 template <typename T>
 absl::Status CudaDecoder<T>::CommitPath(DecodeState& state, const cuda::CommitPath& path) const {
   Storage<T>& storage = StorageOf(state);
+  if (storage.deferred.length > 0) {
+    return absl::InternalError("commit: the last pass of this state has failed; reset the state");
+  }
+  const int end = path.position + path.length;
+  if (!has_ssd_ || path.position / kSegment == end / kSegment) {
+    storage.deferred = path;
+    return absl::OkStatus();
+  }
   const int count = static_cast<int>(layers_.size());
   RETURN_IF_CUDA_ERROR(cuda::LaunchCommit<T>(storage.commit, count, path, cuda_.stream()),
                        "committing a path");
-  if (!has_ssd_) return absl::OkStatus();
-  const int end = path.position + path.length;
   for (int segment = path.position / kSegment * kSegment; segment + kSegment <= end;
        segment += kSegment) {
     RETURN_IF_CUDA_ERROR(cuda::LaunchFold<T>(storage.commit, fold_shapes_, count, fold_heads_,
@@ -1228,24 +1270,35 @@ size_t CudaDecoder<T>::PassBytes(int nodes, int context) const {
 }
 
 template <typename T>
+absl::Status CudaDecoder<T>::CheckRepeatable(const CudaWorkspace& ws) {
+  if (ws.last_bucket < 0) return absl::FailedPreconditionError("repeat: no pass was run");
+  for (int i = 0; i < ws.last_nodes.rows; ++i) {
+    if (IsPromised(TokenId(ws.last_nodes.token[i]))) {
+      return absl::FailedPreconditionError("repeat: the pass read promised tokens");
+    }
+  }
+  return absl::OkStatus();
+}
+
+template <typename T>
 absl::StatusOr<std::vector<double>> CudaDecoder<T>::Repeat(Workspace& workspace,
                                                            int repetitions) const {
   auto& ws = static_cast<CudaWorkspace&>(workspace);
-  if (ws.last_bucket < 0) return absl::FailedPreconditionError("repeat: no pass was run");
+  RETURN_IF_ERROR(CheckRepeatable(ws));
   ASSIGN_OR_RETURN(std::vector<double> times,
                    TimeEach(cuda_, repetitions, [&](int) { return Launch(ws); }));
-  if (ws.result != nullptr) ws.counted_ns = ws.result->device_ns;  // nobody waited for these
+  if (ws.reports) cuda_.SkipDeviceTime(ws.pass);  // nobody waited for these
   return times;
 }
 
 template <typename T>
 absl::StatusOr<std::vector<OperatorTime>> CudaDecoder<T>::Breakdown(Workspace& workspace) const {
   auto& ws = static_cast<CudaWorkspace&>(workspace);
-  if (ws.last_bucket < 0) return absl::FailedPreconditionError("breakdown: no pass was run");
+  RETURN_IF_ERROR(CheckRepeatable(ws));
   RETURN_IF_ERROR(Launch(ws, ws.clocks));
   std::vector<int64_t> clocks(ws.last.op_count + 1);
   RETURN_IF_ERROR(cuda_.ToHost(clocks.data(), ws.clocks, clocks.size() * sizeof(int64_t)));
-  ws.counted_ns = ws.result->device_ns;
+  cuda_.SkipDeviceTime(ws.pass);
   std::vector<OperatorTime> times;
   const double whole = static_cast<double>(clocks.back() - clocks.front());
   for (int i = 0; i < ws.last.op_count; ++i) {
@@ -1332,6 +1385,7 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(const ProductSha
   RETURN_IF_ERROR(
       cuda_.ToDevice(device_products, described.data(), described.size() * sizeof(cuda::MatmulOp)));
   ws.last_nodes.rows = rows;
+  ws.reports = false;
   ws.last_bucket = bucket;
   ws.last.ops = device_ops;
   ws.last.op_count = static_cast<int>(ops.size());

@@ -13,6 +13,12 @@ absl::Status CheckItem(const LanguageModel& model, const ForwardItem& item) {
   if (rows == 0) return absl::InvalidArgumentError("forward: an item without tokens");
   for (int i = 0; i < rows; ++i) {
     const int32_t token = item.tokens[i].value;
+    if (IsPromised(item.tokens[i])) {
+      if (model.promises() != nullptr) continue;  // it knows whether the promise holds
+      return absl::InvalidArgumentError(
+          absl::StrCat("forward: the token of node ", i, " is promised, but ", info.architecture,
+                       " at ", info.path, " takes no promised tokens"));
+    }
     if (token < 0 || token >= info.vocab_size) {
       return absl::InvalidArgumentError(absl::StrCat("forward: token ", token, " of node ", i,
                                                      " is not in the vocabulary of ",
@@ -83,6 +89,12 @@ absl::Status CheckForward(const LanguageModel& model, std::span<const ForwardIte
       return absl::InvalidArgumentError(
           absl::StrCat("forward: top is ", item.top, " for an item and ", items[0].top,
                        " for the first; expected the same for all, 0 to ", kMaxTop));
+    }
+    if (item.promise != items[0].promise ||
+        (item.promise && (item.top == 0 || model.promises() == nullptr))) {
+      return absl::InvalidArgumentError(
+          "forward: promise is set for some items, without top, or for a model that has no "
+          "promises");
     }
     if (item.top > 0 && !model.info().prefers_top) {
       return absl::InvalidArgumentError("forward: top is set, but this model gives logits");

@@ -74,9 +74,19 @@ struct PassArguments {
   uint32_t counters_base[2] = {};
   int stream_weights_once = 1;   // whether the weights are larger than the cache
   int64_t* clocks = nullptr;     // [op_count + 1] of block 0, or null
-  PassResult* result = nullptr;  // the host's
+  PassResult* result = nullptr;  // the host's, of this pass, or null
   uint64_t* device_ns = nullptr;
-  uint32_t number = 0;  // of the pass: what PassResult::passes becomes
+  uint32_t number = 0;             // of the pass
+  int vocab = 0;                   // tokens of the embedding
+  Selected* selections = nullptr;  // [kPromisePasses], of the passes before
+};
+
+// A commit that a pass does before anything else: of the path that became the prefix since the
+// state's last pass. Of length 0 where there is none.
+struct PassCommit {
+  CommitPath path;
+  const void* layers = nullptr;  // CommitLayer<T> [layer_count]
+  int layer_count = 0;
 };
 
 // Dynamic shared memory that a block asks for: all there is less what the driver keeps. Behind the
@@ -103,7 +113,8 @@ struct SharedLayout {
 // rows: of the bucket, 8, 16, 32 or 64. shared_bytes: all that a block may have.
 template <typename T>
 cudaError_t LaunchPass(int bucket_rows, int blocks, int shared_bytes,
-                       const PassArguments& arguments, const PassNodes& nodes, cudaStream_t stream);
+                       const PassArguments& arguments, const PassNodes& nodes,
+                       const PassCommit& commit, cudaStream_t stream);
 template <typename T>
 cudaError_t PreparePass(int shared_bytes);
 template <typename T>

@@ -43,10 +43,23 @@ __device__ __noinline__ inline void AwaitHelp(const uint32_t* helped, int i) {
   }
 }
 
+// Puts tokens in the place of the nodes' promised ones, which earlier passes have chosen. One that
+// is no token of this model, about which Resolve tells the host, is scored as another.
+__device__ inline void TakePromised(const PassArguments& arguments, PassNodes& nodes) {
+  const int row = threadIdx.x;
+  if (row >= nodes.rows) return;
+  int token = nodes.token[row];
+  if (token >= 0) return;
+  const Promise promise = ToPromise(token);
+  token = __ldcg(&arguments.selections[PlaceOf(promise.pass)].token[promise.row][promise.k]);
+  nodes.token[row] = token < 0 || token >= arguments.vocab ? 0 : token;
+}
+
 // What the computing warps do.
 template <typename T, int kRowTiles>
-__device__ __forceinline__ void Consume(const PassArguments& arguments, const Ring& ring,
-                                        Signals& signals, uint64_t began, char* shared) {
+__device__ __forceinline__ void Consume(const PassArguments& arguments, const PassCommit& commit,
+                                        const Ring& ring, Signals& signals, uint64_t began,
+                                        char* shared) {
   using Layout = SharedLayout<T, kRowTiles>;
   const Progress progress(arguments);
   const bool reports = arguments.result != nullptr && blockIdx.x == 0 && threadIdx.x == 0;
@@ -65,6 +78,13 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
     }
     SyncThreads<kConsumers>();
   };
+  TakePromised(arguments, *reinterpret_cast<PassNodes*>(shared + Layout::kNodesAt));
+  // Readers of the prefix stand behind the first operator's barrier.
+  if (commit.path.length > 0) {
+    CommitRows<T>(static_cast<const CommitLayer<T>*>(commit.layers), commit.layer_count,
+                  commit.path, blockIdx.x + threadIdx.x / 32 * gridDim.x,
+                  kConsumerWarps * gridDim.x);
+  }
   if (threadIdx.x == 0) AwaitHelp(signals.helped, 0);
   SyncThreads<kConsumers>();
   take_op(0);
@@ -104,7 +124,8 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
         Gated<T>(op.gated, nodes, factors, kBucket);
         break;
       case OpKind::kSelect:
-        Select(op.select, nodes);
+        Select(op.select, nodes, arguments.selections + PlaceOf(arguments.number),
+               &arguments.result->selected);
         break;
     }
     // What this block wrote will be seen by others (bulk copies read it after a fence of their own
@@ -127,7 +148,7 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Ri
   if (reports) {  // after the last operator's barrier
     *arguments.device_ns += DeviceClock() - began;
     arguments.result->device_ns = *arguments.device_ns;
-    StoreReleaseSystem(&arguments.result->passes, arguments.number);
+    StoreReleaseSystem(&arguments.result->number, arguments.number);
   }
 }
 
@@ -202,7 +223,8 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
 
 template <typename T, int kRowTiles>
 __global__ void __launch_bounds__(kBlockThreads, 1)
-    PassKernel(PassArguments arguments, const __grid_constant__ PassNodes given) {
+    PassKernel(PassArguments arguments, const __grid_constant__ PassNodes given,
+               const __grid_constant__ PassCommit commit) {
   const uint64_t began = DeviceClock();
   extern __shared__ __align__(128) char shared[];
   using Layout = SharedLayout<T, kRowTiles>;
@@ -271,16 +293,18 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     }
   } else {
     RaiseRegisters<104>();
-    Consume<T, kRowTiles>(arguments, ring, signals, began, shared);
+    Consume<T, kRowTiles>(arguments, commit, ring, signals, began, shared);
   }
 }
 
-static_assert(sizeof(PassArguments) + sizeof(PassNodes) <= 32764);  // parameters of a kernel
+// The parameters of a kernel.
+static_assert(sizeof(PassArguments) + sizeof(PassNodes) + sizeof(PassCommit) <= 32764);
 
 template <typename T, int kRowTiles>
 cudaError_t Launch(int blocks, int shared_bytes, PassArguments arguments, const PassNodes& nodes,
-                   cudaStream_t stream) {
-  void* parameters[] = {&arguments, const_cast<PassNodes*>(&nodes)};
+                   const PassCommit& commit, cudaStream_t stream) {
+  void* parameters[] = {&arguments, const_cast<PassNodes*>(&nodes),
+                        const_cast<PassCommit*>(&commit)};
   return cudaLaunchCooperativeKernel(PassKernel<T, kRowTiles>, dim3(blocks), dim3(kBlockThreads),
                                      parameters, shared_bytes, stream);
 }
@@ -288,16 +312,16 @@ cudaError_t Launch(int blocks, int shared_bytes, PassArguments arguments, const 
 template <typename T>
 cudaError_t LaunchPass(int bucket_rows, int blocks, int shared_bytes,
                        const PassArguments& arguments, const PassNodes& nodes,
-                       cudaStream_t stream) {
+                       const PassCommit& commit, cudaStream_t stream) {
   switch (bucket_rows) {
     case 8:
-      return Launch<T, 1>(blocks, shared_bytes, arguments, nodes, stream);
+      return Launch<T, 1>(blocks, shared_bytes, arguments, nodes, commit, stream);
     case 16:
-      return Launch<T, 2>(blocks, shared_bytes, arguments, nodes, stream);
+      return Launch<T, 2>(blocks, shared_bytes, arguments, nodes, commit, stream);
     case 32:
-      return Launch<T, 4>(blocks, shared_bytes, arguments, nodes, stream);
+      return Launch<T, 4>(blocks, shared_bytes, arguments, nodes, commit, stream);
     case 64:
-      return Launch<T, 8>(blocks, shared_bytes, arguments, nodes, stream);
+      return Launch<T, 8>(blocks, shared_bytes, arguments, nodes, commit, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -320,7 +344,7 @@ cudaError_t PreparePass(int shared_bytes) {
 template <typename T>
 cudaError_t LaunchCommit(const CommitLayer<T>* layers, int layer_count, const CommitPath& path,
                          cudaStream_t stream) {
-  CommitRowsKernel<T><<<dim3(path.length, layer_count), 256, 0, stream>>>(layers, path);
+  CommitRowsKernel<T><<<path.length * layer_count, 256, 0, stream>>>(layers, layer_count, path);
   return cudaGetLastError();
 }
 
@@ -333,7 +357,7 @@ cudaError_t LaunchFold(const CommitLayer<T>* layers, const FoldShape* shapes, in
 
 #define CANOPY_INSTANTIATE_PASS(T)                                                                \
   template cudaError_t LaunchPass<T>(int, int, int, const PassArguments&, const PassNodes&,       \
-                                     cudaStream_t);                                               \
+                                     const PassCommit&, cudaStream_t);                            \
   template cudaError_t PreparePass<T>(int);                                                       \
   template cudaError_t LaunchCommit<T>(const CommitLayer<T>*, int, const CommitPath&,             \
                                        cudaStream_t);                                             \

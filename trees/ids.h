@@ -22,6 +22,12 @@ struct StrongId {
 };
 
 using TokenId = StrongId<struct TokenIdTag>;
+
+// A token that a device has yet to choose: it stands for a token that LanguageModel::Resolve tells
+// later (ForwardItem::promise in core/language_model.h). Below -1, so that it is no token and not
+// "none" either. The same promise is the same token.
+constexpr bool IsPromised(TokenId token) { return token.value < -1; }
+
 // Index of a node in its tree, or among the pending nodes of a DecodeState. Nodes are numbered in
 // the order in which they were added; a parent's number is below its children's.
 using NodeId = StrongId<struct NodeIdTag>;

@@ -53,12 +53,25 @@ absl::StatusOr<TokenTree> TokenTree::Parse(std::string_view text) {
 }
 
 absl::StatusOr<NodeId> TokenTree::AddNode(NodeId parent, TokenId token) {
+  if (token.value < 0) {
+    return NodeError(size(), absl::StrCat("has token ", token.value, "; expected 0 or more"));
+  }
+  return Add(parent, token);
+}
+
+absl::StatusOr<NodeId> TokenTree::AddPromised(NodeId parent, TokenId token) {
+  if (!IsPromised(token)) {
+    return NodeError(size(), absl::StrCat("has token ", token.value, "; expected a promised one"));
+  }
+  absl::StatusOr<NodeId> node = Add(parent, token);
+  if (node.ok()) promised_ = true;
+  return node;
+}
+
+absl::StatusOr<NodeId> TokenTree::Add(NodeId parent, TokenId token) {
   if (parent.value < kPrefix.value || parent.value >= size()) {
     return NodeError(size(), absl::StrCat("has parent ", parent.value,
                                           "; expected -1 (the prefix) or a node before it"));
-  }
-  if (token.value < 0) {
-    return NodeError(size(), absl::StrCat("has token ", token.value, "; expected 0 or more"));
   }
   if (const NodeId twin = FindChild(parent, token); twin != kPrefix) {
     return NodeError(size(), absl::StrCat("has token ", token.value, " like its sibling ",
@@ -87,6 +100,32 @@ absl::StatusOr<NodeId> TokenTree::AddNode(NodeId parent, TokenId token) {
   return node;
 }
 
+absl::Status TokenTree::Resolve(std::span<const TokenId> tokens) {
+  if (tokens.size() != tokens_.size()) {
+    return absl::InvalidArgumentError(absl::StrCat("token tree: ", tokens.size(), " tokens for ",
+                                                   size(), " nodes; expected one a node"));
+  }
+  for (int i = 0; i < size(); ++i) {
+    const TokenId token = tokens[i];
+    if (token.value < 0) {
+      return NodeError(i, absl::StrCat("gets token ", token.value, "; expected 0 or more"));
+    }
+    if (!IsPromised(tokens_[i]) && tokens_[i] != token) {
+      return NodeError(i, absl::StrCat("gets token ", token.value, "; it carries ",
+                                       tokens_[i].value, ", which was not promised"));
+    }
+    for (NodeId other = first_child(parents_[i]); other != NodeId(i); other = next_sibling(other)) {
+      if (tokens[other.value] == token) {
+        return NodeError(i, absl::StrCat("gets token ", token.value, " like its sibling ",
+                                         other.value, "; expected different tokens"));
+      }
+    }
+  }
+  tokens_.assign(tokens.begin(), tokens.end());
+  promised_ = false;
+  return absl::OkStatus();
+}
+
 void TokenTree::Clear() {
   tokens_.clear();
   parents_.clear();
@@ -97,6 +136,7 @@ void TokenTree::Clear() {
   next_sibling_.clear();
   first_root_ = last_root_ = kPrefix;
   height_ = 0;
+  promised_ = false;
 }
 
 void TokenTree::Reserve(int nodes) {

@@ -8,6 +8,9 @@
 // Invariants, kept by AddNode and Create: a parent's number is below its children's; siblings carry
 // different tokens; siblings are numbered in the order in which they were drawn. Several nodes may
 // hang under the prefix (a forest); the decode loop's trees have one root, the last output token.
+//
+// The tree's form may be known before its tokens are: AddPromised takes a promised token
+// (trees/ids.h) and Resolve puts the real ones in their places, where siblings are compared again.
 
 #ifndef CANOPY_TREES_TOKEN_TREE_H_
 #define CANOPY_TREES_TOKEN_TREE_H_
@@ -41,6 +44,14 @@ class TokenTree {
   // InvalidArgument if parent is not in the tree (or kPrefix), if token is negative, or if a
   // sibling already carries the token.
   absl::StatusOr<NodeId> AddNode(NodeId parent, TokenId token);
+  // The same with a promised token, and InvalidArgument for any other.
+  absl::StatusOr<NodeId> AddPromised(NodeId parent, TokenId token);
+  // Whether a node carries a promised token.
+  bool promised() const { return promised_; }
+  // Gives every node i tokens[i], which differs from what it had for promised ones alone.
+  // InvalidArgument, with the tree as it was, if it does not, if a token is negative, or if
+  // siblings carry the same.
+  absl::Status Resolve(std::span<const TokenId> tokens);
 
   void Clear();             // keeps the capacity
   void Reserve(int nodes);  // room for that many nodes without another allocation
@@ -76,6 +87,8 @@ class TokenTree {
   }
 
  private:
+  absl::StatusOr<NodeId> Add(NodeId parent, TokenId token);
+
   std::vector<TokenId> tokens_;
   std::vector<NodeId> parents_;
   std::vector<int32_t> depths_;
@@ -86,6 +99,7 @@ class TokenTree {
   NodeId first_root_ = kPrefix;
   NodeId last_root_ = kPrefix;
   int height_ = 0;
+  bool promised_ = false;
 };
 
 }  // namespace canopy

@@ -14,14 +14,26 @@ void DraftTree::Reserve(int nodes, int draws) {
 
 absl::StatusOr<NodeId> DraftTree::AddNode(NodeId parent, TokenId token) {
   ASSIGN_OR_RETURN(const NodeId node, tree.AddNode(parent, token));
-  if (parent != kPrefix) proposals[parent.value].draws.push_back(node);
+  AddProposal(node);
+  return node;
+}
+
+absl::StatusOr<NodeId> DraftTree::AddPromised(NodeId parent, TokenId token) {
+  ASSIGN_OR_RETURN(const NodeId node, tree.AddPromised(parent, token));
+  AddProposal(node);
+  return node;
+}
+
+void DraftTree::AddProposal(NodeId node) {
+  if (const NodeId parent = tree.parent(node); parent != kPrefix) {
+    proposals[parent.value].draws.push_back(node);
+  }
   if (node.value == static_cast<int>(proposals.size())) proposals.emplace_back();
   Proposal& proposal = proposals[node.value];
   proposal.method = DrawMethod::kDeterministic;
   proposal.draft_prob.tokens.clear();
   proposal.draft_prob.probs.clear();
   proposal.draws.clear();
-  return node;
 }
 
 absl::Status Validate(const DraftTree& draft, int vocab) {

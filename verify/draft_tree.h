@@ -41,6 +41,11 @@ struct DraftTree {
   void Reserve(int nodes, int draws);
   // Adds a node and its (empty) proposal; the parent's `draws` gets the node.
   absl::StatusOr<NodeId> AddNode(NodeId parent, TokenId token);
+  // The same with a promised token, see TokenTree::AddPromised.
+  absl::StatusOr<NodeId> AddPromised(NodeId parent, TokenId token);
+
+ private:
+  void AddProposal(NodeId node);
 };
 
 // InvalidArgument if the tree is not one that `vocab` tokens and one root allow, or if a node's

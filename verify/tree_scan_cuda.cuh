@@ -843,7 +843,7 @@ __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes,
   }
 }
 
-// Rows of a committed path behind the prefix. One block for each layer and path position.
+// Rows of a committed path behind the prefix.
 template <typename T>
 struct CommitLayer {
   LayerStore<T> store;
@@ -853,37 +853,72 @@ struct CommitLayer {
 };
 
 struct CommitPath {
-  int32_t length;
-  int32_t position;  // of the first node
-  int32_t kv_capacity;
-  uint8_t node[kMaxRows];
+  int32_t length = 0;
+  int32_t position = 0;  // of the first node
+  int32_t kv_capacity = 0;
+  uint8_t node[kMaxRows] = {};
 };
 
-template <typename Element>
-__device__ inline void CopyRow(Element* rows, int64_t columns, int from, int to) {
+// Copies a row of `columns` elements, part `part` of `parts`, with one warp. Not through the
+// multiprocessor's cache, which nobody reads rows through.
+template <typename Unit, typename Element>
+__device__ inline void CopyRow(Element* rows, int columns, int64_t from, int64_t to, int part,
+                               int parts) {
+  constexpr int kAhead = 4;
+  const int units = columns * static_cast<int>(sizeof(Element)) / static_cast<int>(sizeof(Unit));
+  const Unit* source = reinterpret_cast<const Unit*>(rows + from * columns);
+  Unit* target = reinterpret_cast<Unit*>(rows + to * columns);
+  const int step = 32 * parts;
 #pragma unroll 1
-  for (int64_t i = threadIdx.x; i < columns; i += blockDim.x) {
-    rows[to * columns + i] = rows[from * columns + i];
+  for (int i = part * 32 + threadIdx.x % 32; i < units; i += kAhead * step) {
+    Unit held[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (i + k * step < units) held[k] = __ldcg(source + i + k * step);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (i + k * step < units) __stcg(target + i + k * step, held[k]);
+    }
+  }
+}
+
+// What warp `warp` of `warps` does of a commit. No row that is written is read: a path's nodes are
+// pending, and their places are of the prefix.
+template <typename T>
+__device__ __noinline__ void CommitRows(const CommitLayer<T>* layers, int layer_count,
+                                        const CommitPath& path, int warp, int warps) {
+  constexpr int kKinds = 4;  // of rows: u, b, l and conv, or k and v
+  const int rows = layer_count * path.length * kKinds;
+  const int parts = max(1, min(16, 2 * warps / rows));
+#pragma unroll 1
+  for (int task = warp; task < rows * parts; task += warps) {
+    const int part = task / rows, row = task - part * rows;
+    const int kind = row % kKinds, i = row / kKinds % path.length;
+    const CommitLayer<T>& layer = layers[row / kKinds / path.length];
+    const int position = path.position + i, node = path.node[i];
+    if (layer.heads > 0) {
+      const int pending = kRing + node, place = position % kRing;
+      if (kind == 0) CopyRow<uint4>(layer.store.u, layer.u_columns, pending, place, part, parts);
+      if (kind == 1) CopyRow<uint4>(layer.store.b, layer.b_columns, pending, place, part, parts);
+      if (kind == 2) CopyRow<float>(layer.store.l, layer.heads, pending, place, part, parts);
+      if (kind == 3 && i >= path.length - layer.taps) {
+        CopyRow<uint4>(layer.store.conv, layer.channels, layer.taps + node, position % layer.taps,
+                       part, parts);
+      }
+    } else if (layer.kv_columns > 0 && kind < 2) {
+      CopyRow<uint4>(kind == 0 ? layer.store.k : layer.store.v, layer.kv_columns,
+                     path.kv_capacity + node, position, part, parts);
+    }
   }
 }
 
 template <typename T>
-__global__ void CommitRowsKernel(const CommitLayer<T>* layers, CommitPath path) {
-  const CommitLayer<T>& layer = layers[blockIdx.y];
-  const int i = blockIdx.x;
-  const int position = path.position + i, node = path.node[i];
-  if (layer.heads > 0) {
-    CopyRow(layer.store.u, layer.u_columns, kRing + node, position % kRing);
-    CopyRow(layer.store.b, layer.b_columns, kRing + node, position % kRing);
-    CopyRow(layer.store.l, layer.heads, kRing + node, position % kRing);
-    if (i >= path.length - layer.taps) {
-      CopyRow(layer.store.conv, layer.channels, layer.taps + node, position % layer.taps);
-    }
-  }
-  if (layer.kv_columns > 0) {
-    CopyRow(layer.store.k, layer.kv_columns, path.kv_capacity + node, position);
-    CopyRow(layer.store.v, layer.kv_columns, path.kv_capacity + node, position);
-  }
+__global__ void CommitRowsKernel(const CommitLayer<T>* layers, int layer_count,
+                                 const __grid_constant__ CommitPath path) {
+  const int warps_of_block = blockDim.x / 32;
+  CommitRows<T>(layers, layer_count, path, blockIdx.x * warps_of_block + threadIdx.x / 32,
+                gridDim.x * warps_of_block);
 }
 
 struct FoldShape {

@@ -24,6 +24,7 @@ class TreeVerifier {
 
   // Scores every node of `tree` in one pass; the nodes stay pending in `state`, numbered as in the
   // tree. The state must have no pending nodes. Valid until the next call.
+  // The tree may hold promised tokens that the target takes.
   // greatest_only: the rule needs no more than the greatest logit's token at every node, which
   // spares a model with prefers_top the way of all logits to the host.
   absl::StatusOr<TargetScores> Score(const TokenTree& tree, DecodeState& state,

@@ -93,13 +93,43 @@ struct Selected {
   int32_t token[kMaxRows][kMaxTop];
 };
 
-// What passes leave in the host's memory, so that it need not ask for it. One workspace's passes
-// run in order; `passes` is written last.
+// What a pass leaves in the host's memory, so that it need not ask for it. A backend's passes run
+// in order and are numbered; `number` is written last.
 struct PassResult {
   Selected selected;
-  uint64_t device_ns;  // that they took, by the device's clock
-  uint32_t passes;     // that are done
+  uint64_t device_ns;  // that passes took so far, by the device's clock
+  uint32_t number;     // of the pass
 };
+
+// The selection and the result of pass n are kept in place n % kPromisePasses, until another pass
+// needs it.
+CANOPY_HOST_DEVICE constexpr int PlaceOf(uint32_t pass) {
+  return static_cast<int>(pass % kPromisePasses);
+}
+
+// A promised token says which it is: the k-th best of a row of a pass. Of the number of the pass
+// there is room for the last bits.
+inline constexpr uint32_t kPassNumbers = 1u << 19;
+static_assert(kPassNumbers % kPromisePasses == 0);
+struct Promise {
+  uint32_t pass;  // modulo kPassNumbers
+  int row;
+  int k;
+};
+CANOPY_HOST_DEVICE constexpr int32_t ToToken(const Promise& promise) {
+  return INT32_MIN +
+         static_cast<int32_t>((promise.pass % kPassNumbers * kMaxRows + promise.row) * kMaxTop +
+                              promise.k);
+}
+CANOPY_HOST_DEVICE constexpr Promise ToPromise(int32_t token) {
+  const uint32_t code = static_cast<uint32_t>(token) - static_cast<uint32_t>(INT32_MIN);
+  return {code / (kMaxRows * kMaxTop), static_cast<int>(code / kMaxTop % kMaxRows),
+          static_cast<int>(code % kMaxTop)};
+}
+// Whether the promise holds where `launched` is the number of the last pass that was.
+constexpr bool Holds(const Promise& promise, uint32_t launched) {
+  return (launched - promise.pass) % kPassNumbers < kPromisePasses;
+}
 
 // counts: how many splits a tile of 1 << tile_shift columns has, at most `most`. Splits that a tile
 // does not have may be read, but never come. Every sum has one reader, see kUnsent.

@@ -59,7 +59,6 @@ struct SelectOp {
   int stage = 0;
   float* values = nullptr;    // [kMaxRows][kSelectSlices][kMaxTop]
   int32_t* tokens = nullptr;  // the same
-  Selected* out = nullptr;
 };
 
 }  // namespace canopy::cuda
@@ -397,7 +396,9 @@ __device__ inline void SelectTop(int count, int top, const Value& value_at, cons
   }
 }
 
-__device__ inline void Select(const SelectOp& op, const PassNodes& nodes) {
+// Into `kept`, on the device, and `told`, the host's.
+__device__ inline void Select(const SelectOp& op, const PassNodes& nodes, Selected* kept,
+                              Selected* told) {
   if (nodes.top == 0) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (op.stage == 0) {
@@ -439,7 +440,7 @@ __device__ inline void Select(const SelectOp& op, const PassNodes& nodes) {
     if (__any_sync(0xffffffffu, nan)) {
       if (lane == 0) {
 #pragma unroll 1
-        for (int r = 0; r < nodes.top; ++r) op.out->token[row][r] = -1;
+        for (int r = 0; r < nodes.top; ++r) kept->token[row][r] = told->token[row][r] = -1;
       }
       continue;
     }
@@ -447,7 +448,7 @@ __device__ inline void Select(const SelectOp& op, const PassNodes& nodes) {
     SelectTop(
         kSelectSlices * nodes.top, nodes.top, [&](int i) { return __ldcg(op.values + index(i)); },
         [&](int i) { return __ldcg(op.tokens + index(i)); },
-        [&](int r, float, int token) { op.out->token[row][r] = token; });
+        [&](int r, float, int token) { kept->token[row][r] = told->token[row][r] = token; });
   }
 }
 

@@ -317,6 +317,12 @@ TEST_F(DecodeLoopTest, DraftersThatBreakTheirLimitsAreRefused) {
                 for (int i = 0; i < 5; ++i) CHECK(out->AddNode(NodeId(i), TokenId(i)).ok());
               }),
               HasSubstr("5 levels where 4"));
+  EXPECT_THAT(message([](const DraftContext& c, DraftTree* out) {
+                EXPECT_EQ(c.promises, nullptr);
+                PlainTree(c, out);
+                CHECK(out->AddPromised(NodeId(0), TokenId(-7)).ok());
+              }),
+              HasSubstr("promised tokens where it was not allowed"));
 }
 
 class Collector : public TokenSink {

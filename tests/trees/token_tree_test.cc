@@ -108,6 +108,45 @@ TEST(TokenTreeTest, RefusesWhatIsNoTree) {
   EXPECT_FALSE(TokenTree::Create(parents, {tokens, 1}).ok());
 }
 
+TEST(TokenTreeTest, PromisedTokensAreResolvedLater) {
+  TokenTree tree;
+  const NodeId root = *tree.AddNode(kPrefix, TokenId(5));
+  EXPECT_FALSE(tree.promised());
+  const NodeId a = *tree.AddPromised(root, TokenId(-10));
+  const NodeId b = *tree.AddPromised(root, TokenId(-11));
+  const NodeId c = *tree.AddPromised(a, TokenId(-10));
+  EXPECT_TRUE(tree.promised());
+  EXPECT_EQ(tree.sibling_rank(b), 1);
+  EXPECT_EQ(tree.FindChild(root, TokenId(-11)), b);
+  EXPECT_FALSE(tree.AddPromised(root, TokenId(-10)).ok());  // the same token
+  EXPECT_THAT(std::string(tree.AddPromised(root, TokenId(-1)).status().message()),
+              HasSubstr("expected a promised one"));
+  EXPECT_FALSE(tree.AddPromised(root, TokenId(3)).ok());
+  EXPECT_THAT(std::string(tree.AddNode(c, TokenId(-10)).status().message()),
+              HasSubstr("expected 0 or more"));
+
+  const auto message = [&](std::vector<TokenId> tokens) {
+    return std::string(tree.Resolve(tokens).message());
+  };
+  EXPECT_THAT(message({TokenId(5), TokenId(1), TokenId(2)}), HasSubstr("3 tokens for 4 nodes"));
+  EXPECT_THAT(message({TokenId(5), TokenId(1), TokenId(1), TokenId(0)}),
+              HasSubstr("node 2 gets token 1 like its sibling 1"));
+  EXPECT_THAT(message({TokenId(6), TokenId(1), TokenId(2), TokenId(0)}),
+              HasSubstr("node 0 gets token 6; it carries 5"));
+  EXPECT_THAT(message({TokenId(5), TokenId(1), TokenId(), TokenId(0)}),
+              HasSubstr("node 2 gets token -1"));
+  EXPECT_TRUE(tree.promised());
+  EXPECT_EQ(tree.token(a), TokenId(-10));
+  ASSERT_TRUE(tree.Resolve(std::vector{TokenId(5), TokenId(1), TokenId(2), TokenId(1)}).ok());
+  EXPECT_FALSE(tree.promised());
+  EXPECT_TRUE(tree ==
+              *TokenTree::Create(std::vector{kPrefix, root, root, a},
+                                 std::vector{TokenId(5), TokenId(1), TokenId(2), TokenId(1)}));
+  (void)*tree.AddPromised(c, TokenId(-9));
+  tree.Clear();
+  EXPECT_FALSE(tree.promised());
+}
+
 TEST(TokenTreeTest, ParseErrorsNameTheCharacter) {
   const std::pair<const char*, const char*> cases[] = {
       {"1(", "at character 3, found the end"},
