@@ -235,6 +235,12 @@ class CudaDecoder final : public CudaModel {
     return bucket;
   }
   int MaxRows() const { return kBucketRows[LastBucket()]; }
+  // Rows of a prompt's next chunk, of `left` from `position` on. Chunks end at a fold; they have up
+  // to two segments where they begin at one.
+  int ChunkRows(int position, int left) const {
+    const int into = position % kSegment;
+    return std::min({left, into == 0 ? kMaxRows : kSegment - into, MaxRows()});
+  }
   int BucketFor(int rows) const {
     int bucket = 0;
     while (kBucketRows[bucket] < rows || !has_bucket_[bucket]) ++bucket;
@@ -1087,11 +1093,12 @@ absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
 
 template <typename T>
 absl::Status CudaDecoder<T>::CheckPromises(std::span<const ForwardItem> items) const {
-  // A prompt's chunks have at least so many rows, but for the first and the last.
-  const int chunk = std::min(kSegment, MaxRows());
   uint32_t passes = 0;
   for (const ForwardItem& item : items) {
-    passes += item.commit_chain ? static_cast<uint32_t>(item.tokens.size()) / chunk + 2 : 1;
+    const int count = static_cast<int>(item.tokens.size());
+    for (int done = 0; done < count; ++passes) {
+      done += item.commit_chain ? ChunkRows(item.state->position() + done, count - done) : count;
+    }
   }
   for (const ForwardItem& item : items) {
     for (const TokenId token : item.tokens) {
@@ -1185,11 +1192,8 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
       if (item.logits == LogitsOf::kLast) RETURN_IF_ERROR(take(count - 1, 1));
       continue;
     }
-    // A prompt in chunks that end at a fold: of up to two segments where they begin at one.
     for (int done = 0; done < count;) {
-      const int into = state.position() % kSegment;
-      const int room = into == 0 ? kMaxRows : kSegment - into;
-      const int part = std::min({count - done, room, MaxRows()});
+      const int part = ChunkRows(state.position(), count - done);
       const bool last = done + part == count;
       const bool head = item.logits == LogitsOf::kAll || (item.logits == LogitsOf::kLast && last);
       RETURN_IF_ERROR(
