@@ -516,7 +516,7 @@ absl::Status CudaDecoder<T>::Prepare() {
           return cuda::AttentionLayout<T>(cuda::PadTo16(query_rows), padded).end <=
                  WorkBytes(bucket);
         };
-        int query_rows = cuda::kMostQueryRows;
+        int query_rows = cuda::MostQueryRows(padded);
         while (query_rows > 8 && !fits(query_rows)) query_rows /= 2;
         layer.node_group[bucket] = fits(query_rows) ? query_rows / per_kv : 0;
         has_bucket_[bucket] &= layer.node_group[bucket] > 0;
@@ -689,7 +689,8 @@ absl::StatusOr<std::unique_ptr<DecodeState>> CudaDecoder<T>::NewState(
       memory.kv_bytes_per_position += 2 * columns * sizeof(T);
       memory.pending_bytes_per_node += 2 * columns * sizeof(T);
       committed.kv_columns = static_cast<int>(columns);
-      attention_floats = std::max(attention_floats, kMaxRows * attention->heads * (padded + 2));
+      attention_floats =
+          std::max(attention_floats, kMaxRows * attention->heads * cuda::BlockSums(padded));
     } else {
       const SsdSpec& ssd = std::get<SsdSpec>(spec_.blocks[i].mixer);
       const cuda::ScanOp& scan = layers_[i].scan;
@@ -727,7 +728,7 @@ absl::StatusOr<std::unique_ptr<DecodeState>> CudaDecoder<T>::NewState(
   RETURN_IF_ERROR(cuda_.ToDevice(commit_at, commit.data(), count * sizeof(cuda::CommitLayer<T>)));
   storage->commit = reinterpret_cast<const cuda::CommitLayer<T>*>(commit_at);
   if (attention_floats > 0) {
-    const int64_t blocks = (int64_t{options.max_positions} + kMaxRows) / cuda::kKeysPerBlock + 1;
+    const int64_t blocks = cuda::KeyBlockOf(options.max_positions + kMaxRows) + 1;
     ASSIGN_OR_RETURN(storage->attention, cuda_.Allocate(blocks * attention_floats * sizeof(float)));
     RETURN_IF_CUDA_ERROR(cudaMemsetAsync(storage->attention.data(), 0xff,
                                          storage->attention.bytes(), cuda_.stream()),
@@ -1037,7 +1038,8 @@ void CudaDecoder<T>::FillNodes(DecodeState& state, int rows, int first_pending, 
       nodes->taps[i][back - 1] = tap;
     }
   }
-  nodes->key_blocks = deepest / cuda::kKeysPerBlock + 1;
+  nodes->deepest = deepest;
+  nodes->key_blocks = cuda::KeyBlockOf(deepest) + 1;
 }
 
 template <typename T>

@@ -207,6 +207,10 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
                       ScanLayout<T>(8 * kRowTiles, op.scan.padded_d_state), shared + Layout::kFixed,
                       lane, 32);
       }
+      if (op.kind == OpKind::kAttentionInputs) {
+        const LayerStore<T>& store = *reinterpret_cast<const LayerStore<T>*>(store_at);
+        PrefetchKeys<T>(op.attention, nodes, store, blockIdx.x, lane, 32);
+      }
       while (LoadAcquireShared(&signals.passed) <= static_cast<uint32_t>(i)) {
       }
     }

@@ -68,15 +68,16 @@ struct LayerStore {
 
 // The nodes of a pass: a parameter of its kernel.
 struct PassNodes {
-  int32_t rows;           // new nodes; node i is row i
-  int32_t prefix;         // positions before the tree
-  int32_t first_pending;  // new node i is pending node first_pending + i
-  int32_t kv_capacity;    // rows of k and v before those of pending nodes
-  int32_t key_blocks;     // blocks of kKeysPerBlock positions that the deepest node reads
+  int32_t rows;                               // new nodes; node i is row i
+  int32_t prefix;                             // positions before the tree
+  int32_t first_pending;                      // new node i is pending node first_pending + i
+  int32_t kv_capacity;                        // rows of k and v before those of pending nodes
+  int32_t deepest;                            // position of a node
+  int32_t key_blocks;                         // of KeyBlockOf, that the deepest node reads
   int32_t first_checkpoint, last_checkpoint;  // of all nodes
   int32_t top;                                // greatest logits to select in each row; 0: none
   const void* layers;                         // LayerStore<T> [layers]
-  float* attention;                           // scratch: [rows][heads][key_blocks][padded head + 2]
+  float* attention;                           // scratch: [rows][heads][key_blocks][BlockSums]
   int32_t token[kMaxRows];
   int32_t position[kMaxRows];
   int32_t checkpoint[kMaxRows];      // position of the checkpoint that the node reads

@@ -189,6 +189,17 @@ __device__ inline void Send2(float* to, float a, float b) {
 __device__ inline void SendPacked(void* to, uint32_t a, uint32_t b) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
 }
+__device__ inline void Unsend2(float* at) {
+  asm volatile("st.global.cg.v2.u32 [%0], {%1, %1};" ::"l"(at), "r"(kUnsent) : "memory");
+}
+__device__ inline float2 LoadSent2(const float* at) {
+  float2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];"
+               : "=f"(v.x), "=f"(v.y)
+               : "l"(at)
+               : "memory");
+  return v;
+}
 __device__ inline void Unsend(float* at, bool there = true) {
   StoreNew(at, __uint_as_float(kUnsent), there);
 }
@@ -267,6 +278,13 @@ __device__ inline void LoadMatrices(uint32_t (&m)[2], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
                : "=r"(m[0]), "=r"(m[1])
                : "r"(address)
+               : "memory");
+}
+// Four such matrices, each transposed: lane l gets rows 2 (l % 4) and one more of column l / 4.
+__device__ inline void LoadTransposed(uint32_t (&m)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(SharedAddress(row))
                : "memory");
 }
 
