@@ -329,6 +329,7 @@ class CudaDecoder final : public CudaModel {
   size_t stream_bytes_ = 0;  // of weights that a pass reads
   uint64_t seed_ = 1;
   bool has_ssd_ = false;
+  int mixers_ = 0;
 };
 
 template <typename T>
@@ -495,7 +496,12 @@ absl::Status CudaDecoder<T>::Prepare() {
                      " bytes of shared memory for a block; Canopy's kernels need ",
                      cuda_.shared_bytes() - WorkBytes(0) + cuda::kMatmulWorkBytes));
   }
-  RETURN_IF_CUDA_ERROR(cuda::PreparePass<T>(cuda_.shared_bytes()), "preparing the kernels");
+  for (const BlockSpec& block : spec_.blocks) {
+    mixers_ |=
+        std::holds_alternative<SsdSpec>(block.mixer) ? cuda::kSsdMixers : cuda::kAttentionMixers;
+  }
+  RETURN_IF_CUDA_ERROR(cuda::PreparePass<T>(mixers_, cuda_.shared_bytes()),
+                       "preparing the kernels");
   std::vector<cuda::FoldShape> folds;
   for (size_t i = 0; i < spec_.blocks.size(); ++i) {
     BlockSpec& block = spec_.blocks[i];
@@ -1082,9 +1088,9 @@ absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
     ws.last.vocab = spec_.info.vocab_size;
     ws.last.selections = cuda_.selections();
   }
-  RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(kBucketRows[ws.last_bucket], cuda_.multiprocessors(),
-                                           cuda_.shared_bytes(), ws.last, ws.last_nodes,
-                                           ws.last_commit, cuda_.stream()),
+  RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(mixers_, kBucketRows[ws.last_bucket],
+                                           cuda_.multiprocessors(), cuda_.shared_bytes(), ws.last,
+                                           ws.last_nodes, ws.last_commit, cuda_.stream()),
                        "launching a pass");
   for (int i : {0, 1}) {
     ws.counters_base[i] +=

@@ -110,13 +110,17 @@ struct SharedLayout {
   static constexpr int kFixed = (kFactorsAt + kMaxRows * 4 + 127) / 128 * 128;
 };
 
+// What mixes positions in a model's layers. A kernel has no code for what its model has not, since
+// that would take registers from the rest.
+inline constexpr int kSsdMixers = 1, kAttentionMixers = 2;
+
 // rows: of the bucket, 8, 16, 32 or 64. shared_bytes: all that a block may have.
 template <typename T>
-cudaError_t LaunchPass(int bucket_rows, int blocks, int shared_bytes,
+cudaError_t LaunchPass(int mixers, int bucket_rows, int blocks, int shared_bytes,
                        const PassArguments& arguments, const PassNodes& nodes,
                        const PassCommit& commit, cudaStream_t stream);
 template <typename T>
-cudaError_t PreparePass(int shared_bytes);
+cudaError_t PreparePass(int mixers, int shared_bytes);
 template <typename T>
 cudaError_t LaunchCommit(const CommitLayer<T>* layers, int layer_count, const CommitPath& path,
                          cudaStream_t stream);

@@ -16,7 +16,23 @@ struct Signals {
   uint32_t passed;            // operators before whose last but one predecessor all blocks are
   uint32_t helped[kHelpers];  // operators that are prepared, by each helper
   RingPlace place;            // of the computing warps
+  uint64_t began;             // by DeviceClock
 };
+
+// Made anew where it is used, so that nobody holds it in registers.
+template <typename T, int kRowTiles>
+__device__ __forceinline__ Ring RingOf(char* shared) {
+  using Layout = SharedLayout<T, kRowTiles>;
+  Signals& signals = *reinterpret_cast<Signals*>(shared + Layout::kRing);
+  return {shared,
+          shared + Layout::kFixed,
+          signals.infos,
+          signals.weights_here,
+          signals.weights_empty,
+          signals.acts_here,
+          signals.acts_empty,
+          kSlots<T, kRowTiles>};
+}
 
 // What is added to a counter of operators until all blocks are done with operator i.
 struct Progress {
@@ -56,13 +72,10 @@ __device__ inline void TakePromised(const PassArguments& arguments, PassNodes& n
 }
 
 // What the computing warps do.
-template <typename T, int kRowTiles>
+template <typename T, int kRowTiles, int kMixers>
 __device__ __forceinline__ void Consume(const PassArguments& arguments, const PassCommit& commit,
-                                        const Ring& ring, Signals& signals, uint64_t began,
-                                        char* shared) {
+                                        Signals& signals, char* shared) {
   using Layout = SharedLayout<T, kRowTiles>;
-  const Progress progress(arguments);
-  const bool reports = arguments.result != nullptr && blockIdx.x == 0 && threadIdx.x == 0;
   if (arguments.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     arguments.clocks[0] = clock64();
   }
@@ -103,19 +116,28 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
       case OpKind::kMatmul:
         ConsumeMatmul<T, kRowTiles>(
             op.matmul, *reinterpret_cast<const FirstActs*>(shared + Layout::kFirstActsAt),
-            nodes.rows, ring, &signals.place, reinterpret_cast<float*>(work + kActRingBytes));
+            nodes.rows, RingOf<T, kRowTiles>(shared), &signals.place,
+            reinterpret_cast<float*>(work + kActRingBytes));
         break;
       case OpKind::kScan:
-        Scan<T, kRowTiles>(op.scan, nodes, store, factors, work);
+        if constexpr ((kMixers & kSsdMixers) != 0) {
+          Scan<T, kRowTiles>(op.scan, nodes, store, factors, work);
+        }
         break;
       case OpKind::kAttentionInputs:
-        AttentionInputs<T>(op.attention, nodes, store, factors, work_floats);
+        if constexpr ((kMixers & kAttentionMixers) != 0) {
+          AttentionInputs<T>(op.attention, nodes, store, factors, work_floats);
+        }
         break;
       case OpKind::kAttendBlocks:
-        Attend<T>(op.attention, nodes, store, work);
+        if constexpr ((kMixers & kAttentionMixers) != 0) {
+          Attend<T>(op.attention, nodes, store, work);
+        }
         break;
       case OpKind::kCombineBlocks:
-        CombineBlocks<T>(op.attention, nodes, kBucket);
+        if constexpr ((kMixers & kAttentionMixers) != 0) {
+          CombineBlocks<T>(op.attention, nodes, kBucket);
+        }
         break;
       case OpKind::kResidual:
         Residual<T>(op.residual, nodes, kBucket);
@@ -135,6 +157,7 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
     SyncThreads<kConsumers>();
     if (threadIdx.x == 0) {
       if (all_blocks) {
+        const Progress progress(arguments);
         progress.Add(i);
         progress.Await(i);
       }
@@ -145,8 +168,9 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
     SyncThreads<kConsumers>();
     if (i + 1 < arguments.op_count) take_op(i + 1);
   }
-  if (reports) {  // after the last operator's barrier
-    *arguments.device_ns += DeviceClock() - began;
+  // After the last operator's barrier.
+  if (arguments.result != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+    *arguments.device_ns += DeviceClock() - signals.began;
     arguments.result->device_ns = *arguments.device_ns;
     StoreReleaseSystem(&arguments.result->number, arguments.number);
   }
@@ -225,24 +249,15 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
   }
 }
 
-template <typename T, int kRowTiles>
+template <typename T, int kRowTiles, int kMixers>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     PassKernel(PassArguments arguments, const __grid_constant__ PassNodes given,
                const __grid_constant__ PassCommit commit) {
-  const uint64_t began = DeviceClock();
   extern __shared__ __align__(128) char shared[];
   using Layout = SharedLayout<T, kRowTiles>;
   Signals& signals = *reinterpret_cast<Signals*>(shared + Layout::kRing);
   PassNodes* nodes = reinterpret_cast<PassNodes*>(shared + Layout::kNodesAt);
   constexpr int kSlotCount = kSlots<T, kRowTiles>;
-  Ring ring = {shared,
-               shared + Layout::kFixed,
-               signals.infos,
-               signals.weights_here,
-               signals.weights_empty,
-               signals.acts_here,
-               signals.acts_empty,
-               kSlotCount};
   static_assert(sizeof(signals.weights_here) >= kSlotCount * kPieces * sizeof(uint64_t));
   static_assert(sizeof(signals.weights_empty) >= kSlotCount * sizeof(uint64_t));
   static_assert(sizeof(signals.infos) >= kSlotCount * sizeof(PartInfo));
@@ -259,6 +274,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     signals.passed = 0;
     for (int i = 0; i < kHelpers; ++i) signals.helped[i] = 0;
     signals.place = {};
+    signals.began = DeviceClock();
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     FenceProxyAsync();
   }
@@ -269,6 +285,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
   if (threadIdx.x >= kConsumers) {
     LowerRegisters<56>();
+    Ring ring = RingOf<T, kRowTiles>(shared);
     if (threadIdx.x == kConsumers) {
       const uint64_t policy = arguments.stream_weights_once ? EvictFirst() : EvictNormal();
       MatmulOp op = arguments.products[0];
@@ -297,48 +314,62 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     }
   } else {
     RaiseRegisters<104>();
-    Consume<T, kRowTiles>(arguments, commit, ring, signals, began, shared);
+    Consume<T, kRowTiles, kMixers>(arguments, commit, signals, shared);
   }
 }
 
 // The parameters of a kernel.
 static_assert(sizeof(PassArguments) + sizeof(PassNodes) + sizeof(PassCommit) <= 32764);
 
-template <typename T, int kRowTiles>
-cudaError_t Launch(int blocks, int shared_bytes, PassArguments arguments, const PassNodes& nodes,
-                   const PassCommit& commit, cudaStream_t stream) {
-  void* parameters[] = {&arguments, const_cast<PassNodes*>(&nodes),
-                        const_cast<PassCommit*>(&commit)};
-  return cudaLaunchCooperativeKernel(PassKernel<T, kRowTiles>, dim3(blocks), dim3(kBlockThreads),
-                                     parameters, shared_bytes, stream);
-}
-
-template <typename T>
-cudaError_t LaunchPass(int bucket_rows, int blocks, int shared_bytes,
-                       const PassArguments& arguments, const PassNodes& nodes,
-                       const PassCommit& commit, cudaStream_t stream) {
+// Calls task with the kernel for a model and a bucket.
+template <typename T, int kMixers, typename F>
+cudaError_t WithKernelOf(int bucket_rows, const F& task) {
   switch (bucket_rows) {
     case 8:
-      return Launch<T, 1>(blocks, shared_bytes, arguments, nodes, commit, stream);
+      return task(PassKernel<T, 1, kMixers>);
     case 16:
-      return Launch<T, 2>(blocks, shared_bytes, arguments, nodes, commit, stream);
+      return task(PassKernel<T, 2, kMixers>);
     case 32:
-      return Launch<T, 4>(blocks, shared_bytes, arguments, nodes, commit, stream);
+      return task(PassKernel<T, 4, kMixers>);
     case 64:
-      return Launch<T, 8>(blocks, shared_bytes, arguments, nodes, commit, stream);
+      return task(PassKernel<T, 8, kMixers>);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+template <typename T, typename F>
+cudaError_t WithKernel(int mixers, int bucket_rows, const F& task) {
+  switch (mixers) {
+    case kSsdMixers:
+      return WithKernelOf<T, kSsdMixers>(bucket_rows, task);
+    case kAttentionMixers:
+      return WithKernelOf<T, kAttentionMixers>(bucket_rows, task);
+    case kSsdMixers | kAttentionMixers:
+      return WithKernelOf<T, kSsdMixers | kAttentionMixers>(bucket_rows, task);
     default:
       return cudaErrorInvalidValue;
   }
 }
 
 template <typename T>
-cudaError_t PreparePass(int shared_bytes) {
-  for (const void* kernel : {reinterpret_cast<const void*>(PassKernel<T, 1>),
-                             reinterpret_cast<const void*>(PassKernel<T, 2>),
-                             reinterpret_cast<const void*>(PassKernel<T, 4>),
-                             reinterpret_cast<const void*>(PassKernel<T, 8>)}) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+cudaError_t LaunchPass(int mixers, int bucket_rows, int blocks, int shared_bytes,
+                       const PassArguments& arguments, const PassNodes& nodes,
+                       const PassCommit& commit, cudaStream_t stream) {
+  void* parameters[] = {const_cast<PassArguments*>(&arguments), const_cast<PassNodes*>(&nodes),
+                        const_cast<PassCommit*>(&commit)};
+  return WithKernel<T>(mixers, bucket_rows, [&](auto* kernel) {
+    return cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kBlockThreads), parameters,
+                                       shared_bytes, stream);
+  });
+}
+
+template <typename T>
+cudaError_t PreparePass(int mixers, int shared_bytes) {
+  for (const int bucket_rows : {8, 16, 32, 64}) {
+    const cudaError_t error = WithKernel<T>(mixers, bucket_rows, [&](auto* kernel) {
+      return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  shared_bytes);
+    });
     if (error != cudaSuccess) return error;
   }
   return cudaFuncSetAttribute(FoldKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -360,9 +391,9 @@ cudaError_t LaunchFold(const CommitLayer<T>* layers, const FoldShape* shapes, in
 }
 
 #define CANOPY_INSTANTIATE_PASS(T)                                                                \
-  template cudaError_t LaunchPass<T>(int, int, int, const PassArguments&, const PassNodes&,       \
+  template cudaError_t LaunchPass<T>(int, int, int, int, const PassArguments&, const PassNodes&,  \
                                      const PassCommit&, cudaStream_t);                            \
-  template cudaError_t PreparePass<T>(int);                                                       \
+  template cudaError_t PreparePass<T>(int, int);                                                  \
   template cudaError_t LaunchCommit<T>(const CommitLayer<T>*, int, const CommitPath&,             \
                                        cudaStream_t);                                             \
   template cudaError_t LaunchFold<T>(const CommitLayer<T>*, const FoldShape*, int, int, int, int, \
