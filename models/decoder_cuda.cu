@@ -66,6 +66,28 @@ std::vector<cuda::MatmulOp> ProductsOf(const std::vector<cuda::Op>& ops) {
   return products;
 }
 
+// Gives operators their turns. Where not all tell, barriers stand around those that do not.
+void SetTurns(std::vector<cuda::Op>* ops, bool all_tell) {
+  std::array<int, 2> turns = {};
+  for (size_t i = 0; i < ops->size(); ++i) {
+    cuda::Op& op = (*ops)[i];
+    op.counter = static_cast<int>(i % 2);
+    op.turn = op.barrier != 0 || all_tell ? ++turns[op.counter] : 0;
+    if (op.kind == cuda::OpKind::kMatmul && i > 0 && (*ops)[i - 1].barrier == 0) {
+      op.matmul.counter_before = (*ops)[i - 1].counter;
+      op.matmul.turn_before = (*ops)[i - 1].turn;
+    }
+  }
+}
+std::vector<std::array<int, 2>> TurnsAfter(const std::vector<cuda::Op>& ops) {
+  std::vector<std::array<int, 2>> after = {{0, 0}};
+  for (const cuda::Op& op : ops) {
+    after.push_back(after.back());
+    if (op.turn > 0) after.back()[op.counter] = op.turn;
+  }
+  return after;
+}
+
 // Columns of a product's input, where groups are padded to whole k-steps.
 struct Columns {
   int count = 0;
@@ -149,6 +171,9 @@ class CudaWorkspace final : public Workspace {
   std::vector<std::string> names;  // of the operators, the same in every bucket
   uint32_t* counters = nullptr;
   uint32_t counters_base[2] = {};
+  // How often all blocks have told on them when a bucket's first operators are done, by their
+  // number.
+  std::vector<std::array<int, 2>> turns[kBuckets];
   float* logits = nullptr;  // [kMaxRows][ld]
   int logits_ld = 0;
   int64_t* clocks = nullptr;
@@ -934,6 +959,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
           (sends_acts && ops[i].matmul.norm.squares == nullptr));
     CHECK(i + 4 < ops.size() || ops[i].barrier != 0);
   }
+  SetTurns(&ops, sends_acts);
   names->clear();
   shapes.resize(ops.size());
   for (size_t i = 0; i < ops.size(); ++i) {
@@ -980,6 +1006,7 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
   ASSIGN_OR_RETURN(ws->tables, tables.Place(cuda_));
   for (int b = 0; b < kBuckets; ++b) {
     const std::vector<cuda::Op> program = Program(b, *ws, places, &ws->names);
+    ws->turns[b] = TurnsAfter(program);
     RETURN_IF_ERROR(cuda_.ToDevice(ws->ops[b], program.data(), op_count * sizeof(cuda::Op)));
     const std::vector<cuda::MatmulOp> products = ProductsOf(program);
     RETURN_IF_ERROR(
@@ -1092,9 +1119,9 @@ absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
                                            cuda_.multiprocessors(), cuda_.shared_bytes(), ws.last,
                                            ws.last_nodes, ws.last_commit, cuda_.stream()),
                        "launching a pass");
+  const std::array<int, 2>& turns = ws.turns[ws.last_bucket][ws.last.op_count];
   for (int i : {0, 1}) {
-    ws.counters_base[i] +=
-        static_cast<uint32_t>((ws.last.op_count + 1 - i) / 2) * cuda_.multiprocessors();
+    ws.counters_base[i] += static_cast<uint32_t>(turns[i]) * cuda_.multiprocessors();
   }
   return absl::OkStatus();
 }
@@ -1385,6 +1412,8 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(const ProductSha
       ops.push_back(op);
     }
   }
+  SetTurns(&ops, /*all_tell=*/false);
+  ws.turns[bucket] = TurnsAfter(ops);
   Pieces tables;
   cuda::Op* device_ops = nullptr;
   cuda::MatmulOp* device_products = nullptr;

@@ -39,9 +39,13 @@ constexpr const char* Name(OpKind kind) {
 struct Op {
   OpKind kind = OpKind::kEmbed;
   int32_t layer = 0;
-  // Whether all blocks are to be done with it before any goes on. Else only before the operator
-  // after the next one, and the next one waits for each value that it reads, see kUnsent.
+  // Whether all blocks are to be done with it before any goes on. Else the next one waits for each
+  // value that it reads, see kUnsent, and all are done with it before the operator after that.
   int32_t barrier = 1;
+  // The counter of blocks that are done with it, and how often all of them have been told on that
+  // counter when they are: 0 where they do not tell, since barriers stand around it.
+  int32_t counter = 0;
+  int32_t turn = 0;
   // What was sent before and is used up: made ready to be sent again while this operator runs.
   int32_t unsend_vectors = 0;
   uint4* unsend = nullptr;
@@ -68,8 +72,8 @@ struct PassArguments {
   // The products among them, for the threads that stream.
   const MatmulOp* products = nullptr;
   int product_count = 0;
-  // Of blocks that are done with operators 0, 2, 4, ... and 1, 3, 5, ..., monotonic, kCounterStride
-  // apart, and their values before the pass.
+  // Two counters of blocks that are done with an operator, of operators in turn, monotonic and
+  // kCounterStride apart, and their values before the pass.
   uint32_t* counters = nullptr;
   uint32_t counters_base[2] = {};
   int stream_weights_once = 1;   // whether the weights are larger than the cache

@@ -34,7 +34,7 @@ __device__ __forceinline__ Ring RingOf(char* shared) {
           kSlots<T, kRowTiles>};
 }
 
-// What is added to a counter of operators until all blocks are done with operator i.
+// What blocks tell each other about operators that they are done with.
 struct Progress {
   uint32_t* counters;
   uint32_t base[2];
@@ -42,10 +42,10 @@ struct Progress {
   __device__ explicit Progress(const PassArguments& arguments)
       : counters(arguments.counters),
         base{arguments.counters_base[0], arguments.counters_base[1]} {}
-  __device__ void Add(int i) const { AddRelease(counters + i % 2 * kCounterStride, 1); }
-  __device__ void Await(int i) const {
-    const uint32_t all = (i % 2 == 0 ? base[0] : base[1]) + (i / 2 + 1) * gridDim.x;
-    while (static_cast<int32_t>(LoadAcquire(counters + i % 2 * kCounterStride) - all) < 0) {
+  __device__ void Tell(int counter) const { AddRelease(counters + counter * kCounterStride, 1); }
+  __device__ void Await(int counter, int turn) const {
+    const uint32_t all = (counter == 0 ? base[0] : base[1]) + turn * gridDim.x;
+    while (static_cast<int32_t>(LoadAcquire(counters + counter * kCounterStride) - all) < 0) {
     }
   }
 };
@@ -158,8 +158,8 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
     if (threadIdx.x == 0) {
       if (all_blocks) {
         const Progress progress(arguments);
-        progress.Add(i);
-        progress.Await(i);
+        progress.Tell(op.counter);
+        progress.Await(op.counter, op.turn);
       }
       StoreReleaseShared(&signals.finished, i + 1);
       if (i + 1 < arguments.op_count) AwaitHelp(signals.helped, i + 1);
@@ -201,9 +201,9 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
     }
     if (helper == 0) {
       // In this place still stands operator i - 2. After a barrier all know that it is done.
-      const bool tells = i >= 2 && op.barrier == 0;
+      const int counter = op.counter, turn = i >= 2 && op.barrier == 0 ? op.turn : 0;
       __syncwarp();
-      if (tells && lane == 0) progress.Add(i - 2);
+      if (turn > 0 && lane == 0) progress.Tell(counter);
       if (i == arguments.op_count) break;
       copy(op_at, arguments.ops + i, sizeof(Op));
       if (nodes.layers != nullptr) {  // not so for products alone
@@ -212,7 +212,7 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
       }
       if (lane == 0) {
         StoreReleaseShared(&signals.copied, i + 1);
-        if (tells) progress.Await(i - 2);
+        if (turn > 0) progress.Await(counter, turn);
         StoreReleaseShared(&signals.passed, i + 1);
       }
       __syncwarp();
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         StreamActs<T>(op, kRowTiles, ring, policy, [&] {
           while (LoadAcquireShared(&signals.finished) < static_cast<uint32_t>(op.index)) {
           }
-          if (op.index > 0) progress.Await(op.index - 1);
+          if (op.turn_before > 0) progress.Await(op.counter_before, op.turn_before);
           FenceProxyAsync();
         });
         op = next;

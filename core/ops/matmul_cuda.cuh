@@ -74,6 +74,9 @@ struct MatmulOp {
   int split_stride = 0;  // columns of a split; ld is that of all
   int ld = 0;
   int index = 0;  // of the operator in its pass
+  // Of the operator before it, see Op; turn 0 where that ends with a barrier.
+  int counter_before = 0;
+  int turn_before = 0;
   // Norms of the input whose factor the product applies: of the head, and of groups of columns
   // (group_steps k-steps each). Elsewhere the reader does.
   RowNorm norm;
