@@ -174,6 +174,7 @@ absl::StatusOr<double> CudaBackend::Resolve(std::span<TokenId> tokens) {
   const uint32_t last = passes_ - least_age;
   const std::atomic_ref<uint32_t> there(result(last)->number);
   if (there.load(std::memory_order_acquire) != last) RETURN_IF_ERROR(AwaitPass(last));
+  waited_ns_ = std::max(waited_ns_, result(last)->device_ns);
   for (TokenId& token : tokens) {
     if (!IsPromised(token)) continue;
     const cuda::Promise promise = cuda::ToPromise(token.value);

@@ -29,7 +29,7 @@ absl::Status CudaStatus(cudaError_t error, const char* doing);
 class CudaBackend final : public Backend {
  public:
   // NotFound without a device of that number, FailedPrecondition for a driver that is too old or a
-  // compute capability below 8.0.
+  // compute capability below 9.0.
   static absl::StatusOr<std::unique_ptr<CudaBackend>> Create(int device = 0);
   ~CudaBackend() override;
 

@@ -83,7 +83,8 @@ struct ForwardResult {
 };
 
 // Const after loading and safe from several threads with a workspace and states of their own,
-// except that a CPU backend runs one pass at a time.
+// except that a CPU backend runs one pass at a time, and that the models of a CUDA backend are
+// called from one thread at a time, as it is.
 class LanguageModel {
  public:
   virtual ~LanguageModel() = default;

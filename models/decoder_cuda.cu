@@ -73,6 +73,7 @@ void SetTurns(std::vector<cuda::Op>* ops, bool all_tell) {
     cuda::Op& op = (*ops)[i];
     op.counter = static_cast<int>(i % 2);
     op.turn = op.barrier != 0 || all_tell ? ++turns[op.counter] : 0;
+    CHECK(op.turn > 0 || ((*ops)[i - 1].barrier != 0 && (*ops)[i + 1].barrier != 0));
     if (op.kind == cuda::OpKind::kMatmul && i > 0 && (*ops)[i - 1].barrier == 0) {
       op.matmul.counter_before = (*ops)[i - 1].counter;
       op.matmul.turn_before = (*ops)[i - 1].turn;
@@ -809,7 +810,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   T* const hidden_acts[2] = {at.act_hidden[bucket], at.acts[bucket]};
   T* const mixed_acts[2] = {at.acts[bucket] + hidden_elements,
                             at.acts[bucket] + hidden_elements + mixed_elements};
-  int sums_turn = 0, hidden_turn = 0, mixed_turn = 0;
+  int sums_place = 0, hidden_place = 0, mixed_place = 0;
   const auto matmul = [&](const DeviceMatrix& matrix, T* act, float* out,
                           const cuda::RowNorm& norm) {
     cuda::Op op;
@@ -828,9 +829,9 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     ops.push_back(op);
     return matrix.Sums(out);
   };
-  const auto turn = [&](int* count) { return sends_acts ? ++*count % 2 : 0; };
+  const auto other = [&](int* place) { return sends_acts ? *place = 1 - *place : 0; };
   const auto next_input = [&](const float* weight) {
-    return cuda::NormInput{weight, hidden_acts[turn(&hidden_turn)], at.squares};
+    return cuda::NormInput{weight, hidden_acts[other(&hidden_place)], at.squares};
   };
   const auto hidden_norm = [&](float eps) {
     return cuda::RowNorm{at.squares, cuda::Granules(hidden_steps_), 1,
@@ -841,7 +842,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     op.kind = cuda::OpKind::kEmbed;
     op.embed = {
         embedding_, at.x, hidden, hidden_steps_, {layers_[0].norm, hidden_acts[0], at.squares}};
-    // Whatever the last pass left.
+    // Whatever the last pass left: its last operators, or all after the layers, may not have run.
     if (sends_acts) {
       used_up.push_back({0, at.acts[bucket], (hidden_elements + 2 * mixed_elements) * sizeof(T)});
     }
@@ -860,8 +861,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       ops.push_back(op);
     };
     const cuda::Partials in =
-        matmul(layer.in, hidden_acts[hidden_turn % 2], at.partials[turn(&sums_turn)], {});
-    T* const mixed = mixed_acts[turn(&mixed_turn)];
+        matmul(layer.in, hidden_acts[hidden_place], at.partials[other(&sums_place)], {});
+    T* const mixed = mixed_acts[other(&mixed_place)];
     cuda::RowNorm out_norm;
     if (const auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
       cuda::Op op;
@@ -910,14 +911,14 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     }
     // Factors of several groups of columns are the product's business, one alone the reader's.
     const bool grouped = out_norm.groups > 1;
-    const cuda::Partials out = matmul(layer.out, mixed, at.partials[turn(&sums_turn)],
+    const cuda::Partials out = matmul(layer.out, mixed, at.partials[other(&sums_place)],
                                       grouped ? out_norm : cuda::RowNorm{});
     residual(out, grouped ? cuda::RowNorm{} : out_norm, layer.out_bias,
              block.mlp ? layer.mlp_norm : after_block);
     if (block.mlp) {
       const cuda::Partials middle =
-          matmul(layer.gate_up, hidden_acts[hidden_turn % 2], at.partials[turn(&sums_turn)], {});
-      T* const gated = mixed_acts[turn(&mixed_turn)];
+          matmul(layer.gate_up, hidden_acts[hidden_place], at.partials[other(&sums_place)], {});
+      T* const gated = mixed_acts[other(&mixed_place)];
       cuda::Op op;
       op.kind = cuda::OpKind::kGated;
       op.barrier = !sends_acts;
@@ -929,12 +930,12 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                   cuda::PadTo16(block.mlp->intermediate) / 16,
                   gated};
       ops.push_back(op);
-      const cuda::Partials down = matmul(layer.down, gated, at.partials[turn(&sums_turn)], {});
+      const cuda::Partials down = matmul(layer.down, gated, at.partials[other(&sums_place)], {});
       residual(down, {}, layer.down_bias, after_block);
     }
   }
   ops.back().barrier = 1;  // the head's product reads the norm's sums at once
-  matmul(head_, hidden_acts[hidden_turn % 2], ws.logits, hidden_norm(spec_.final_norm.eps));
+  matmul(head_, hidden_acts[hidden_place], ws.logits, hidden_norm(spec_.final_norm.eps));
   for (int stage : {0, 1}) {
     cuda::Op op;
     op.kind = cuda::OpKind::kSelect;
@@ -943,8 +944,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     ops.push_back(op);
   }
   for (const Sent& sent : used_up) {
-    if (sent.op >= ops.size()) continue;  // the next pass's first operator does it
-    CHECK(ops[sent.op].unsend_vectors == 0 && sent.bytes % 16 == 0);
+    CHECK(sent.op < ops.size() && ops[sent.op].unsend_vectors == 0 && sent.bytes % 16 == 0);
     ops[sent.op].unsend = static_cast<uint4*>(sent.data);
     ops[sent.op].unsend_vectors = static_cast<int32_t>(sent.bytes / 16);
   }
@@ -1128,12 +1128,20 @@ absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
 
 template <typename T>
 absl::Status CudaDecoder<T>::CheckPromises(std::span<const ForwardItem> items) const {
-  uint32_t passes = 0;
+  int passes = 0;
   for (const ForwardItem& item : items) {
     const int count = static_cast<int>(item.tokens.size());
     for (int done = 0; done < count; ++passes) {
       done += item.commit_chain ? ChunkRows(item.state->position() + done, count - done) : count;
     }
+  }
+  if (items[0].promise && passes > kPromisePasses &&
+      std::any_of(items.begin(), items.end(), [](const ForwardItem& item) {
+        return item.commit_chain && item.logits == LogitsOf::kAll;
+      })) {
+    return absl::InvalidArgumentError(absl::StrCat("forward: ", passes,
+                                                   " passes whose tokens are promised; at most ",
+                                                   kPromisePasses, " are kept"));
   }
   for (const ForwardItem& item : items) {
     for (const TokenId token : item.tokens) {
@@ -1221,8 +1229,12 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
       for (int k = 0; k < count; ++k) {
         state.AddPending(item.tokens[k], item.parents.empty() ? NodeId(k - 1) : item.parents[k]);
       }
-      RETURN_IF_ERROR(RunPass(state, item.tokens, first, /*chain=*/false,
-                              item.logits != LogitsOf::kNone, top, ws));
+      const absl::Status status = RunPass(state, item.tokens, first, /*chain=*/false,
+                                          item.logits != LogitsOf::kNone, top, ws);
+      if (!status.ok()) {
+        state.DropPendingFrom(first);
+        return status;
+      }
       if (item.logits == LogitsOf::kAll) RETURN_IF_ERROR(take(0, count));
       if (item.logits == LogitsOf::kLast) RETURN_IF_ERROR(take(count - 1, 1));
       continue;

@@ -16,7 +16,8 @@
 namespace canopy {
 
 // Time of one operator of a pass in block 0: until it is done with it and, where a barrier follows,
-// all blocks are. A reader of sums is charged for waiting until they are there.
+// all blocks are. Who waits for what others send is charged for it: readers of sums, and up to 16
+// rows products, for their activations.
 struct OperatorTime {
   std::string name;
   double share = 0.0;  // of the pass

@@ -180,10 +180,11 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
 // before it is done, bring the next one's description into shared memory, wait for the other
 // blocks, make the factors of the rows whose sums the next one will read, and bring what it reads
 // of earlier passes into shared memory or into the cache.
-template <typename T, int kRowTiles>
+template <typename T, int kRowTiles, int kMixers>
 __device__ __forceinline__ void Help(const PassArguments& arguments, const PassNodes& nodes,
                                      Signals& signals, char* shared) {
   using Layout = SharedLayout<T, kRowTiles>;
+  constexpr bool kSsd = (kMixers & kSsdMixers) != 0, kAttention = (kMixers & kAttentionMixers) != 0;
   const int helper = threadIdx.x / 32 - kConsumerWarps - 2, lane = threadIdx.x % 32;
   float* factors = reinterpret_cast<float*>(shared + Layout::kFactorsAt);
   const auto copy = [&](char* to, const void* from, int bytes) {
@@ -226,12 +227,12 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
       if (SendsActs(8 * kRowTiles) && op.kind == OpKind::kMatmul && lane == 0) {
         ListActs<T>(op.matmul, kRowTiles, reinterpret_cast<FirstActs*>(store_at + Layout::kStore));
       }
-      if (op.kind == OpKind::kScan && blockIdx.x < op.scan.heads * op.scan.slices) {
+      if (kSsd && op.kind == OpKind::kScan && blockIdx.x < op.scan.heads * op.scan.slices) {
         StageSlice<T>(op.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at), blockIdx.x,
                       ScanLayout<T>(8 * kRowTiles, op.scan.padded_d_state), shared + Layout::kFixed,
                       lane, 32);
       }
-      if (op.kind == OpKind::kAttentionInputs) {
+      if (kAttention && op.kind == OpKind::kAttentionInputs) {
         const LayerStore<T>& store = *reinterpret_cast<const LayerStore<T>*>(store_at);
         PrefetchKeys<T>(op.attention, nodes, store, blockIdx.x, lane, 32);
       }
@@ -243,7 +244,7 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
     }
     __syncwarp();
     if (lane == 0) StoreReleaseShared(&signals.helped[helper], i + 1);
-    if (op.kind == OpKind::kScan && helper == 0) {
+    if (kSsd && op.kind == OpKind::kScan && helper == 0) {
       PrefetchScan<T>(op.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at));
     }
   }
@@ -310,7 +311,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         op = next;
       }
     } else if (threadIdx.x >= kConsumers + 64) {
-      Help<T, kRowTiles>(arguments, *nodes, signals, shared);
+      Help<T, kRowTiles, kMixers>(arguments, *nodes, signals, shared);
     }
   } else {
     RaiseRegisters<104>();

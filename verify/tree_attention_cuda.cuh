@@ -9,7 +9,8 @@
 // share for all at once, others for each node by itself, with its path's rows in the places of
 // their positions and zeros behind it. So a node's bits depend on its path alone.
 //
-// Bytes: the prefix's keys and values once for each group of nodes (64 rows of q).
+// Bytes: the prefix's keys and values once for each group of nodes (MostQueryRows rows of q, or
+// what fits).
 
 #ifndef CANOPY_VERIFY_TREE_ATTENTION_CUDA_CUH_
 #define CANOPY_VERIFY_TREE_ATTENTION_CUDA_CUH_
@@ -235,7 +236,8 @@ __device__ __noinline__ void Attend(const AttentionOp& op, const PassNodes& node
                                     const LayerStore<T>& store, char* work) {
   constexpr int kTiles = kMostQueryRows / 16;
   constexpr int kUnits = 2;  // sixteens of dimensions that a warp sums, see MostQueryRows
-  static_assert(kMaxHeadDim <= 256);
+  static_assert(MostQueryRows(128) / 16 * 128 / 16 <= kUnits * kConsumerWarps);
+  static_assert(MostQueryRows(kMaxHeadDim) / 16 * kMaxHeadDim / 16 <= kUnits * kConsumerWarps);
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, quad = lane % 4, octet = lane / 4;
   const int per_kv = op.heads / op.kv_heads, dim = op.padded_head;
   const int query_rows = op.node_group * per_kv;

@@ -115,9 +115,9 @@ namespace canopy::cuda {
 // B, C and dt of all nodes, `op.sent_columns` columns from `begin` on: into the store and to the
 // others.
 template <typename T>
-__device__ __forceinline__ void ScanInputs(const ScanOp& op, const PassNodes& nodes,
-                                           const LayerStore<T>& store, int begin,
-                                           const float* factors, float* raw) {
+__device__ __noinline__ void ScanInputs(const ScanOp& op, const PassNodes& nodes,
+                                        const LayerStore<T>& store, int begin, const float* factors,
+                                        float* raw) {
   const int states = op.groups * op.d_state, b_width = op.groups * op.padded_d_state;
   const int width = op.heads * op.padded_head;
   const int rows = nodes.rows, columns = op.sent_columns;

@@ -3,11 +3,12 @@
 //
 // A pass is one launch of one persistent kernel (models/pass_kernel.cuh), a block on every
 // multiprocessor. It walks a list of operators. Between some stands a barrier of the whole grid;
-// what reads a product's sums, but the head's, begins at once and waits for each one (kUnsent).
-// Blocks have sixteen warps that compute and four that serve them: one streams weights, in an order
-// that is fixed when the model is loaded, into a ring of slots in shared memory and so runs ahead
-// of the operators as far as the ring is long; one brings activations once they are there; two
-// prepare the next operator.
+// what reads a product's sums, but the head's, begins at once and waits for each one (kUnsent). Up
+// to 16 rows products wait for activations in the same way, and all blocks are done with an
+// operator not when the next one begins, but the one after that. Blocks have sixteen warps that
+// compute and four that serve them: one streams weights, in an order that is fixed when the model
+// is loaded, into a ring of slots in shared memory and so runs ahead of the operators as far as the
+// ring is long; one brings activations once they are there; two prepare the next operator.
 //
 // Activations that a matrix product reads are kept as the tensor cores want them:
 //   act [k_steps][rows of the bucket][16]   T, elements of a k-step in the order of ActIndex
@@ -127,9 +128,11 @@ CANOPY_HOST_DEVICE constexpr Promise ToPromise(int32_t token) {
   return {code / (kMaxRows * kMaxTop), static_cast<int>(code / kMaxTop % kMaxRows),
           static_cast<int>(code % kMaxTop)};
 }
-// Whether the promise holds where `launched` is the number of the last pass that was.
+// Whether it is a promise of a pass, which are numbered from 1, and holds where `launched` is the
+// number of the last one that was.
 constexpr bool Holds(const Promise& promise, uint32_t launched) {
-  return (launched - promise.pass) % kPassNumbers < kPromisePasses;
+  const uint32_t age = (launched - promise.pass) % kPassNumbers;
+  return promise.pass < kPassNumbers && age < kPromisePasses && age < launched;
 }
 
 // counts: how many splits a tile of 1 << tile_shift columns has, at most `most`. Splits that a tile

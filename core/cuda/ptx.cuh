@@ -146,11 +146,11 @@ __device__ inline void StoreNew4(float* to, float4 v, bool there = true) {
 
 // What is sent from block to block without a barrier in between: memory holds kUnsent where nothing
 // was written, and the one who reads a value (LoadSent until it is not kUnsent), or where many do a
-// later operator, puts kUnsent back for the next time, before a barrier that comes before that. It
-// is a number that is no result: as f32 a NaN, and as two bf16, that arithmetic does not make; Send
-// sees to that. A bf16 is sent as 16 bits and read with its neighbours as one vector, of which each
-// half word is looked at: that 16 bits come whole is not in the PTX memory model, but so of the
-// device.
+// later operator, puts kUnsent back for the next time; before that time all blocks are done with
+// the operator that did. It is a number that is no result: as f32 a NaN, and as two bf16, that
+// arithmetic does not make; Send sees to that. A bf16 is sent as 16 bits and read with its
+// neighbours as one vector, of which each half word is looked at: that 16 bits come whole is not in
+// the PTX memory model, but so of the device.
 inline constexpr uint32_t kUnsent = 0xffffffffu;
 __device__ inline bool IsUnsent(float v) { return __float_as_uint(v) == kUnsent; }
 __device__ inline bool IsUnsent(float4 v) {

@@ -292,10 +292,12 @@ __device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring,
     do {
       const int steps = min(left, ActSteps<T>(row_tiles));
       const uint32_t bytes = steps * step_bytes;
-      BarrierWait(&ring.acts_empty[ring.act_slot], ring.act_phase ^ 1);
       if (slot++ >= kActSlots) {
+        // First, for then slots are as they were at the operator's beginning or later, and a phase
+        // is known by its parity.
         if (!waited) ready();
         waited = true;
+        BarrierWait(&ring.acts_empty[ring.act_slot], ring.act_phase ^ 1);
         BarrierExpect(&ring.acts_here[ring.act_slot], bytes);
         if (bytes > 0) {
           BulkCopy(ring.acts(), from, bytes, &ring.acts_here[ring.act_slot], policy);

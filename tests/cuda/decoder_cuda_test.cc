@@ -34,6 +34,7 @@ using testing::RandomTree;
 using testing::Rows;
 using testing::SameBits;
 using testing::Session;
+using testing::SessionOptions;
 using testing::TokenByToken;
 
 struct Case {
@@ -367,6 +368,74 @@ std::vector<Param> Params() {
 INSTANTIATE_TEST_SUITE_P(Models, DecoderCuda, ::testing::ValuesIn(Params()), [](const auto& info) {
   return info.param.model.name + "_" + std::string(Name(info.param.dtype));
 });
+
+// Attention over several blocks of keys, short and long ones, and around where they begin.
+class LongContexts : public DecoderCuda {};
+
+TEST_P(LongContexts, TreeEqualsTokenByTokenAndTheCpu) {
+  std::mt19937_64 rng(31);
+  const auto reference = MakeRandomModel(*cpu_, GetParam().model.options);
+  const SessionOptions options{.max_positions = 3000};
+  for (const int length : {447, 505, 511, 512, 575, 760, 768, 1020, 2600}) {
+    const std::vector<TokenId> context = RandomTokens(rng, length, vocab_);
+    const TokenTree tree = RandomTree(rng, 1 + static_cast<int>(rng() % 64), 24, vocab_);
+    Session session(*model_, options);
+    session.Prefill(context);
+    const auto base = session.state().Fork();
+    ASSERT_TRUE(base.ok());
+    const Rows rows = session.Score(tree);
+    // Plain decoding along the paths to some nodes, of which the last is the deepest that came.
+    for (const int node : {0, tree.size() / 2, tree.size() - 1}) {
+      const auto state = (*base)->Fork();
+      ASSERT_TRUE(state.ok());
+      for (const NodeId at : tree.Path(NodeId(node))) {
+        const TokenId token = tree.token(at);
+        const ForwardItem item{.state = state->get(),
+                               .tokens = {&token, 1},
+                               .logits = LogitsOf::kLast,
+                               .commit_chain = true};
+        const auto plain = model_->Forward({&item, 1}, session.workspace());
+        ASSERT_TRUE(plain.ok()) << plain.status();
+        EXPECT_TRUE(SameBits(rows[at.value], CopyRows(plain->logits)[0]))
+            << "node " << at.value << " behind " << length;
+      }
+    }
+    Session host(*reference, options);
+    host.Prefill(context);
+    const Rows expected = host.Score(tree);
+    double error = 0.0, scale = 0.0;
+    for (size_t r = 0; r < rows.size(); ++r) {
+      for (int v = 0; v < vocab_; ++v) {
+        ASSERT_TRUE(std::isfinite(rows[r][v]));
+        error = std::max(error, std::abs(double{rows[r][v]} - expected[r][v]));
+        scale = std::max(scale, std::abs(double{expected[r][v]}));
+      }
+    }
+    EXPECT_LE(error, (GetParam().dtype == DType::kF32 ? 1e-4 : 0.06) * scale) << length;
+  }
+}
+
+std::vector<Param> LongParams() {
+  std::vector<Param> params;
+  for (const Case& c : std::vector<Case>{
+           {"attention", {.kind = "attention", .seed = 41}},
+           {"seven_heads_to_one",
+            {.kind = "attention", .heads = 7, .head_dim = 80, .kv_heads = 1, .seed = 42}},
+           {"many_heads_to_one",
+            {.kind = "attention", .heads = 48, .head_dim = 32, .kv_heads = 1, .seed = 43}},
+           {"wide_heads",
+            {.kind = "attention", .heads = 4, .head_dim = 160, .kv_heads = 2, .seed = 44}},
+           {"hybrid", {.kind = "hybrid", .layers = 3, .seed = 45}},
+       }) {
+    for (DType dtype : {DType::kBF16, DType::kF32}) params.push_back({c, dtype});
+  }
+  return params;
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, LongContexts, ::testing::ValuesIn(LongParams()),
+                         [](const auto& info) {
+                           return info.param.model.name + "_" + std::string(Name(info.param.dtype));
+                         });
 
 TEST_F(OnDevice, RefusesWhatTheKernelsDoNotHave) {
   RandomModelOptions wide{.kind = "attention", .heads = 1, .head_dim = 320, .kv_heads = 1};

@@ -262,6 +262,27 @@ TEST_F(PromisedCuda, PromisesEnd) {
             absl::StatusCode::kFailedPrecondition);
 }
 
+TEST_F(PromisedCuda, OtherNegativeTokensAreNoPromises) {
+  const auto model = Make({.kind = "ssd", .seed = 5});
+  Session session(*model);
+  const auto refused = [&](int32_t value) {
+    TokenId token(value);
+    const ForwardItem item{.state = &session.state(), .tokens = {&token, 1}, .commit_chain = true};
+    EXPECT_EQ(model->Forward({&item, 1}, session.workspace()).status().code(),
+              absl::StatusCode::kInvalidArgument)
+        << value;
+    EXPECT_EQ(model->Resolve({&token, 1}).status().code(), absl::StatusCode::kFailedPrecondition)
+        << value;
+  };
+  constexpr int32_t kLowest = std::numeric_limits<int32_t>::min();
+  for (int passes = 0; passes < 3; ++passes) {
+    for (const int32_t value : {-2, -100000, kLowest, kLowest + (1 << 30), kLowest + 10 * 2048}) {
+      refused(value);
+    }
+    session.Prefill(Tokens(1, passes));
+  }
+}
+
 TEST_F(PromisedCuda, WhatIsNoTokenIsFoundWhenItIsResolved) {
   const auto broken = MakeBroken();
   const auto target = Make({.kind = "hybrid", .seed = 1});
