@@ -167,11 +167,12 @@ absl::StatusOr<double> CudaBackend::Resolve(std::span<TokenId> tokens) {
           absl::StrCat("a promised token of a pass that is no longer kept; at most ",
                        kPromisePasses - 1, " passes may be launched before it is resolved"));
     }
-    least_age = std::min(least_age, (passes_ - promise.pass) % cuda::kPassNumbers);
+    const auto age = static_cast<uint32_t>((passes_ - promise.pass) % cuda::kPassNumbers);
+    least_age = std::min(least_age, age);
   }
   if (least_age == cuda::kPassNumbers) return 0.0;
   // The passes before the last are done with it.
-  const uint32_t last = passes_ - least_age;
+  const auto last = static_cast<uint32_t>(passes_ - least_age);
   const std::atomic_ref<uint32_t> there(result(last)->number);
   if (there.load(std::memory_order_acquire) != last) RETURN_IF_ERROR(AwaitPass(last));
   waited_ns_ = std::max(waited_ns_, result(last)->device_ns);

@@ -50,8 +50,8 @@ class CudaBackend final : public Backend {
 
   // Passes of all models are numbered from 1 on in the order in which they are launched. What each
   // leaves is kept for a while, see core/cuda/pass.h.
-  uint32_t NewPass() { return ++passes_; }
-  uint32_t passes() const { return passes_; }
+  uint32_t NewPass() { return static_cast<uint32_t>(++passes_); }
+  uint64_t passes() const { return passes_; }
   cuda::PassResult* result(uint32_t pass) const;              // in the host's memory
   cuda::Selected* selections() const;                         // on the device, of all that are kept
   uint64_t* device_ns() const { return ns_.as<uint64_t>(); }  // the same, of all passes so far
@@ -80,7 +80,7 @@ class CudaBackend final : public Backend {
   int shared_bytes_ = 0;
   size_t cache_bytes_ = 0;
   cudaStream_t stream_ = nullptr;
-  uint32_t passes_ = 0;
+  uint64_t passes_ = 0;
   cuda::PassResult* results_ = nullptr;  // [kPromisePasses], pinned
   Buffer selections_;                    // [kPromisePasses]
   Buffer ns_;

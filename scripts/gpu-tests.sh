@@ -4,26 +4,23 @@
 # data/ and tests/models/golden/ and, from build/cuda-portable, canopy, tests/cuda_tests and libhwy.so.1
 # to the host.
 #
-#   scripts/gpu-tests.sh [--programs DIR] [--models DIR] [--golden DIR] [--sanitized DIR] [--report FILE]
+#   scripts/gpu-tests.sh [--programs DIR] [--models DIR] [--golden DIR] [--report FILE]
 #
 #   --programs  where canopy, cuda_tests and libhwy.so.1 are        (build/cuda-portable)
 #   --models    folders of further checkpoints, compared with NAME/golden.safetensors or
 #               GOLDEN/NAME.safetensors where there is one
 #   --golden    the folder GOLDEN of those
-#   --sanitized the same programs of the preset cuda-sanitize, for compute-sanitizer; without it
-#               memcheck is not run
 #   --report    what was run and what came out, in one file         (gpu-report.txt)
 # The exit status is 0 if all passed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-programs=build/cuda-portable models='' golden='' sanitized='' report=gpu-report.txt
+programs=build/cuda-portable models='' golden='' report=gpu-report.txt
 while [ $# -gt 0 ]; do
   case $1 in
     --programs) programs=$2 ;;
     --models) models=$2 ;;
     --golden) golden=$2 ;;
-    --sanitized) sanitized=$2 ;;
     --report) report=$2 ;;
     *) sed -n 's/^#   \(scripts\/gpu-tests\.sh.*\)/usage: \1/p' "$0" >&2; exit 2 ;;
   esac
@@ -76,6 +73,7 @@ say "== benchmark"
 run "$programs/canopy" bench --model synthetic:mamba2-2.7b --device=cuda --compare || failed=1
 run "$programs/canopy" bench --model synthetic:llama-8b --device=cuda || failed=1
 
+# In bf16: in f32 many of these do not come to an end under memcheck (docs/performance.md).
 say "== compute-sanitizer memcheck"
 # check NAME COMMAND...: one command under memcheck.
 check() {
@@ -86,22 +84,19 @@ check() {
   say "$name: $(grep -o 'ERROR SUMMARY.*' <<<"$output" || echo "exit status $status")"
   [ $status = 0 ] || failed=1
 }
-if [ -z "$sanitized" ]; then
-  say "not run: --sanitized is not given"
-elif ! command -v compute-sanitizer >/dev/null; then
+if ! command -v compute-sanitizer >/dev/null; then
   say "not run: compute-sanitizer is not installed"
 else
   for model in data/models/* tests/models/golden/*/; do
     model=${model%/}
     [ -f "$model/golden.safetensors" ] || continue
-    for dtype in f32 bf16; do
-      check "$dtype $model" "$sanitized/canopy" golden --model "$model" \
-        --golden "$model/golden.safetensors" --device=cuda --dtype=$dtype --tolerance=1000
-    done
+    check "bf16 $model" "$programs/canopy" golden --model "$model" \
+      --golden "$model/golden.safetensors" --device=cuda --dtype=bf16 --tolerance=1000
   done
-  for filter in '*SelectsTheGreatestLogits*' '*DeepestTreeCrossesSegments*' '*AreNotRepeated*' \
+  for filter in '*SelectsTheGreatestLogits/ssd_bf16' '*SelectsTheGreatestLogits/attention_bf16' \
+    '*TreeEqualsTokenByToken/hybrid_bf16' '*AreNotRepeated*' \
     'PromisedCuda.PromisedPendingNodesAreResolved'; do
-    check "device tests $filter" "$sanitized/cuda_tests" --gtest_brief=1 --gtest_filter="$filter"
+    check "device tests $filter" "$tests" --gtest_brief=1 --gtest_filter="$filter"
   done
 fi
 [ $failed = 0 ] && say "all passed" || say "FAILED"

@@ -130,8 +130,8 @@ CANOPY_HOST_DEVICE constexpr Promise ToPromise(int32_t token) {
 }
 // Whether it is a promise of a pass, which are numbered from 1, and holds where `launched` is the
 // number of the last one that was.
-constexpr bool Holds(const Promise& promise, uint32_t launched) {
-  const uint32_t age = (launched - promise.pass) % kPassNumbers;
+constexpr bool Holds(const Promise& promise, uint64_t launched) {
+  const uint64_t age = (launched - promise.pass) % kPassNumbers;
   return promise.pass < kPassNumbers && age < kPromisePasses && age < launched;
 }
 

@@ -208,19 +208,14 @@ __device__ inline void Unsend4(float* at, bool there = true) {
   StoreNew4(at, make_float4(v, v, v, v), there);
 }
 
-// Registers a thread from here on, for all warps of a group of four. Not in a build for
-// compute-sanitizer, whose own code takes registers that a warp may have given away.
+// Registers a thread from here on, for all warps of a group of four.
 template <int kRegisters>
 __device__ inline void RaiseRegisters() {
-#ifndef CANOPY_CUDA_SANITIZE
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
 }
 template <int kRegisters>
 __device__ inline void LowerRegisters() {
-#ifndef CANOPY_CUDA_SANITIZE
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
 }
 
 // Barrier 1, of the computing warps alone.

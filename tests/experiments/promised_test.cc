@@ -390,12 +390,20 @@ TEST(PromiseTest, TokensSayWhichTheyAre) {
   EXPECT_FALSE(IsPromised(TokenId()));
   EXPECT_FALSE(IsPromised(TokenId(0)));
   // Numbers of passes wrap, and so do their last bits.
-  for (uint32_t pass : {5u, cuda::kPassNumbers - 1, cuda::kPassNumbers, UINT32_MAX - 2}) {
-    const cuda::Promise promise = cuda::ToPromise(cuda::ToToken({pass, 0, 0}));
+  for (uint64_t pass : {uint64_t{5}, uint64_t{cuda::kPassNumbers} - 1, uint64_t{cuda::kPassNumbers},
+                        uint64_t{UINT32_MAX} - 2}) {
+    const cuda::Promise promise =
+        cuda::ToPromise(cuda::ToToken({static_cast<uint32_t>(pass), 0, 0}));
     EXPECT_TRUE(cuda::Holds(promise, pass));
     EXPECT_TRUE(cuda::Holds(promise, pass + kPromisePasses - 1));
     EXPECT_FALSE(cuda::Holds(promise, pass + kPromisePasses));
     EXPECT_FALSE(cuda::Holds(promise, pass - 1));
+  }
+  // Passes have numbers from 1, and not every negative number is a promise.
+  for (const int32_t other : {-2, -100000, INT32_MIN, INT32_MIN + (1 << 30)}) {
+    for (uint64_t launched : {0, 1, 2, 63}) {
+      EXPECT_FALSE(cuda::Holds(cuda::ToPromise(other), launched)) << other << " " << launched;
+    }
   }
 }
 
