@@ -261,6 +261,7 @@ class CudaDecoder final : public CudaModel {
     return bucket;
   }
   int MaxRows() const { return kBucketRows[LastBucket()]; }
+  bool HasSsd() const { return (mixers_ & cuda::kSsdMixers) != 0; }
   // Rows of a prompt's next chunk, of `left` from `position` on. Chunks end at a fold; they have up
   // to two segments where they begin at one.
   int ChunkRows(int position, int left) const {
@@ -354,8 +355,7 @@ class CudaDecoder final : public CudaModel {
   std::array<bool, kBuckets> has_bucket_ = {true, true, true, true};
   size_t stream_bytes_ = 0;  // of weights that a pass reads
   uint64_t seed_ = 1;
-  bool has_ssd_ = false;
-  int mixers_ = 0;
+  int mixers_ = 0;  // kSsdMixers, kAttentionMixers
 };
 
 template <typename T>
@@ -601,14 +601,13 @@ absl::Status CudaDecoder<T>::Prepare() {
       scan.group_columns = out.padded_width();
       mixed_steps_ = std::max(mixed_steps_, out.k_steps());
       const int squares = scan.heads * scan.slices * (cuda::kSliceDims / cuda::kSquareDims);
-      if (has_ssd_ &&
+      if (scan_squares_ > 0 &&
           (squares != scan_squares_ || scan.taps != taps_ || ssd.head_dim != scan_head_dim_)) {
         return absl::UnimplementedError(
             absl::StrCat("layer ", index,
                          ": its SSD mixer has other sizes than those before it, "
                          "which the CUDA kernels do not have; use the device cpu"));
       }
-      has_ssd_ = true;
       scan_squares_ = squares;
       taps_ = scan.taps;
       scan_head_dim_ = ssd.head_dim;
@@ -680,7 +679,7 @@ absl::Status CudaDecoder<T>::Prepare() {
   buffers_.push_back(std::move(table));
   spec_.embedding.reset();
   spec_.head = PackedMatrix::Blank(dtype_, info.vocab_size, hidden);
-  if (has_ssd_) {
+  if (HasSsd()) {
     ASSIGN_OR_RETURN(Buffer shapes, cuda_.Allocate(folds.size() * sizeof(cuda::FoldShape)));
     RETURN_IF_ERROR(cuda_.ToDevice(shapes.data(), folds.data(), shapes.bytes()));
     fold_shapes_ = shapes.as<cuda::FoldShape>();
@@ -1274,7 +1273,7 @@ absl::Status CudaDecoder<T>::CommitPath(DecodeState& state, const cuda::CommitPa
     return absl::InternalError("commit: the last pass of this state has failed; reset the state");
   }
   const int end = path.position + path.length;
-  if (!has_ssd_ || path.position / kSegment == end / kSegment) {
+  if (!HasSsd() || path.position / kSegment == end / kSegment) {
     storage.deferred = path;
     return absl::OkStatus();
   }

@@ -1,8 +1,10 @@
 // The persistent kernel of a pass: walks a list of operators on all multiprocessors.
 //
-// What did not pay (docs/performance.md): a flag a block instead of one counter for the grid's
-// barrier; operators as called functions, which save registers to local memory; an operator's
-// description loaded by the computing warps themselves, whose registers it then did not fit.
+// What did not pay (docs/performance.md): a flag a block instead of a counter for the grid's
+// barrier; all operators as called functions, which save registers to local memory (attention's
+// blocks and the scan's inputs are such functions, since there it saves the others more); an
+// operator's description loaded by the computing warps themselves, whose registers it then did not
+// fit; attention's code in the kernels of models without attention.
 
 #ifndef CANOPY_MODELS_PASS_KERNEL_CUH_
 #define CANOPY_MODELS_PASS_KERNEL_CUH_

@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
     --models) models=$2 ;;
     --golden) golden=$2 ;;
     --report) report=$2 ;;
-    *) sed -n 's/^#   \(scripts\/gpu-tests\.sh.*\)/usage: \1/p' "$0" >&2; exit 2 ;;
+    *) echo "usage: $0 [--programs DIR] [--models DIR] [--golden DIR] [--report FILE]" >&2; exit 2 ;;
   esac
   shift 2
 done

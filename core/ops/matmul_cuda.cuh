@@ -17,7 +17,8 @@
 // What did not pay (docs/performance.md): weights fetched into the cache beyond the ring, all at
 // once, paced by the clock, or a little when the ring is full; the next product's weights held back
 // until the barrier; blocks of outputs by eight warps with mma.sync, whose sums did not fit the
-// registers at 64 rows.
+// registers at 64 rows; activations sent without a barrier for more than 16 rows; a pause between
+// looks for those that are sent.
 
 #ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
 #define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_

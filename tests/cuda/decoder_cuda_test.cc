@@ -16,6 +16,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "models/loader.h"
+#include "tests/support/on_device.h"
 #include "tests/support/random_model.h"
 #include "tests/support/session.h"
 #include "trees/token_tree.h"
@@ -28,6 +29,7 @@ using testing::CopyRows;
 using ::testing::HasSubstr;
 using testing::MakeRandomModel;
 using testing::MakeRandomSpec;
+using testing::OnDevice;
 using testing::RandomModelOptions;
 using testing::RandomTokens;
 using testing::RandomTree;
@@ -87,21 +89,6 @@ std::vector<Case> Cases() {
   };
 }
 
-class OnDevice : public ::testing::Test {
- protected:
-  void SetUp() override {
-    auto cuda = CudaBackend::Create();
-    if (!cuda.ok()) {
-      GTEST_SKIP() << "skipped: " << std::string(cuda.status().message());
-    }
-    cuda_ = *std::move(cuda);
-    cpu_ = *CpuBackend::Create(1);
-  }
-
-  std::unique_ptr<CpuBackend> cpu_;
-  std::unique_ptr<CudaBackend> cuda_;
-};
-
 struct Param {
   Case model;
   DType dtype;
@@ -119,6 +106,22 @@ class DecoderCuda : public OnDevice, public ::testing::WithParamInterface<Param>
     vocab_ = GetParam().model.options.vocab;
   }
 
+  // The device's rows of logits and the CPU's in f32.
+  void ExpectClose(const Rows& got, const Rows& expected) const {
+    ASSERT_EQ(got.size(), expected.size());
+    double error = 0.0, scale = 0.0;
+    for (size_t r = 0; r < got.size(); ++r) {
+      for (int v = 0; v < vocab_; ++v) {
+        error = std::max(error, std::abs(double{got[r][v]} - expected[r][v]));
+        scale = std::max(scale, std::abs(double{expected[r][v]}));
+        ASSERT_TRUE(std::isfinite(got[r][v]));
+      }
+    }
+    // f32: sums in another order. bf16: activations are rounded to 2^-9 at some six places a layer,
+    // and random models of this size pass errors on with a factor of a few.
+    EXPECT_LE(error, (GetParam().dtype == DType::kF32 ? 1e-4 : 0.06) * scale);
+  }
+
   std::unique_ptr<CudaModel> model_;
   int vocab_ = 0;
 };
@@ -132,19 +135,8 @@ TEST_P(DecoderCuda, ComputesWhatTheCpuComputes) {
     Session device(*model_), host(*reference);
     device.Prefill(context);
     host.Prefill(context);
-    const Rows got = device.Score(tree), expected = host.Score(tree);
-    ASSERT_EQ(got.size(), expected.size());
-    double error = 0.0, scale = 0.0;
-    for (size_t r = 0; r < got.size(); ++r) {
-      for (int v = 0; v < vocab_; ++v) {
-        error = std::max(error, std::abs(double{got[r][v]} - expected[r][v]));
-        scale = std::max(scale, std::abs(double{expected[r][v]}));
-        ASSERT_TRUE(std::isfinite(got[r][v]));
-      }
-    }
-    // f32: sums in another order. bf16: activations are rounded to 2^-9 at some six places a layer,
-    // and random models of this size pass errors on with a factor of a few.
-    EXPECT_LE(error, (GetParam().dtype == DType::kF32 ? 1e-4 : 0.06) * scale) << length;
+    SCOPED_TRACE(length);
+    ExpectClose(device.Score(tree), host.Score(tree));
   }
 }
 
@@ -402,16 +394,8 @@ TEST_P(LongContexts, TreeEqualsTokenByTokenAndTheCpu) {
     }
     Session host(*reference, options);
     host.Prefill(context);
-    const Rows expected = host.Score(tree);
-    double error = 0.0, scale = 0.0;
-    for (size_t r = 0; r < rows.size(); ++r) {
-      for (int v = 0; v < vocab_; ++v) {
-        ASSERT_TRUE(std::isfinite(rows[r][v]));
-        error = std::max(error, std::abs(double{rows[r][v]} - expected[r][v]));
-        scale = std::max(scale, std::abs(double{expected[r][v]}));
-      }
-    }
-    EXPECT_LE(error, (GetParam().dtype == DType::kF32 ? 1e-4 : 0.06) * scale) << length;
+    SCOPED_TRACE(length);
+    ExpectClose(rows, host.Score(tree));
   }
 }
 

@@ -17,6 +17,7 @@
 #include "gtest/gtest.h"
 #include "models/decoder_cuda.h"
 #include "tests/support/noting_drafter.h"
+#include "tests/support/on_device.h"
 #include "tests/support/random_model.h"
 #include "tests/support/session.h"
 #include "verify/sampling.h"
@@ -27,6 +28,7 @@ namespace {
 using ::testing::HasSubstr;
 using testing::MakeRandomSpec;
 using testing::NotingDrafter;
+using testing::OnDevice;
 using testing::RandomModelOptions;
 using testing::RandomTokens;
 using testing::RandomTree;
@@ -36,17 +38,8 @@ using testing::Session;
 
 constexpr int kVocab = 97;
 
-class PromisedCuda : public ::testing::Test {
+class PromisedCuda : public OnDevice {
  protected:
-  void SetUp() override {
-    auto cuda = CudaBackend::Create();
-    if (!cuda.ok()) {
-      GTEST_SKIP() << "skipped: " << std::string(cuda.status().message());
-    }
-    cuda_ = *std::move(cuda);
-    cpu_ = *CpuBackend::Create(1);
-  }
-
   std::unique_ptr<CudaModel> Make(const RandomModelOptions& options, DType dtype = DType::kBF16) {
     auto model = MakeCudaDecoder(*cuda_, MakeRandomSpec(*cpu_, options), dtype);
     CHECK(model.ok());
@@ -64,9 +57,6 @@ class PromisedCuda : public ::testing::Test {
     std::mt19937_64 rng(seed);
     return RandomTokens(rng, length, kVocab);
   }
-
-  std::unique_ptr<CpuBackend> cpu_;
-  std::unique_ptr<CudaBackend> cuda_;
 };
 
 struct Outcome {
