@@ -22,7 +22,7 @@ using cuda::kMaxRows;
 constexpr int kBuckets = 4;
 constexpr int kBucketRows[kBuckets] = {8, 16, 32, 64};
 // Products have enough shared memory, then every operator but scan and attention has.
-static_assert(4 * cuda::kConsumerWarps * cuda::kMaxHeadDim <= cuda::kMatmulWorkBytes);
+static_assert(8 * cuda::kConsumerWarps * cuda::kMaxHeadDim <= cuda::kMatmulWorkBytes);
 
 // Random weights for synthetic models: uniform with the variance 1 / columns, from a hash of the
 // element's place, so that they are the same on every device of one size.
@@ -49,7 +49,8 @@ struct DeviceMatrix {
   Buffer counts;  // splits of each tile
   cuda::MatmulOp op;
   ProductShape shape;
-  int splits = 0;  // the most of a tile
+  int splits = 0;       // the most of a tile
+  int late_column = 0;  // the first column that is not wanted early
 
   cuda::Partials Sums(float* data) const {
     int shift = 0;
@@ -310,12 +311,16 @@ class CudaDecoder final : public CudaModel {
   absl::Status CommitPath(DecodeState& state, const cuda::CommitPath& path) const;
 
   // whole: where the result is read as it is, and not from splits. outputs: which output of the
-  // matrix a column of the result is, -1: none; empty: the same.
+  // matrix a column of the result is, -1: none; empty: the same. The first `early` of them are
+  // padded to whole tiles, and runs begin with those.
   absl::StatusOr<DeviceMatrix> Upload(const PackedMatrix& matrix, const Columns& columns,
-                                      bool whole = false, std::span<const int> outputs = {});
+                                      bool whole = false, std::vector<int> outputs = {},
+                                      int early = 0);
   absl::StatusOr<const float*> Upload(const std::vector<float>& values, int padded = 0);
-  cuda::MatmulOp Plan(int units, const Columns& columns, bool whole) const;
+  // early, late: outputs that are wanted early, and others.
+  cuda::MatmulOp Plan(int early, int late, const Columns& columns, bool whole) const;
   absl::Status PrepareScan(const SsdSpec& ssd, int layer, cuda::ScanOp* scan) const;
+  int SentColumns(const cuda::ScanOp& scan, int bucket_rows) const;
   std::vector<cuda::Op> Program(int bucket, const CudaWorkspace& ws, const Places& at,
                                 std::vector<std::string>* names) const;
   void FillNodes(DecodeState& state, int rows, int first_pending, bool chain, int top,
@@ -359,16 +364,18 @@ class CudaDecoder final : public CudaModel {
 };
 
 template <typename T>
-cuda::MatmulOp CudaDecoder<T>::Plan(int units, const Columns& columns, bool whole) const {
+cuda::MatmulOp CudaDecoder<T>::Plan(int early, int late, const Columns& columns, bool whole) const {
   const int blocks = cuda_.multiprocessors();
   cuda::MatmulOp best;
   double best_cost = 0.0;
   for (int tile_subs = 1; tile_subs <= cuda::kMostTileSubs; tile_subs *= 2) {
     cuda::MatmulOp op;
-    op.units = units;
     op.tile_subs = tile_subs;
+    op.first_tiles = (early + tile_subs * cuda::kUnitRows - 1) / (tile_subs * cuda::kUnitRows);
+    op.units = op.first_tiles * tile_subs + (late + cuda::kUnitRows - 1) / cuda::kUnitRows;
     op.k_steps = columns.k_steps();
     for (op.quantum = whole ? op.k_steps : 1; op.quantum <= op.k_steps; op.quantum *= 2) {
+      op.first_runs = cuda::FirstRuns(op, blocks);
       const cuda::MatmulCut cut(op, blocks);
       int splits = 0;
       for (int tile = 0; tile * cut.per_tile < cut.total; ++tile) {
@@ -393,12 +400,16 @@ cuda::MatmulOp CudaDecoder<T>::Plan(int units, const Columns& columns, bool whol
 template <typename T>
 absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
                                                     const Columns& columns, bool whole,
-                                                    std::span<const int> outputs) {
+                                                    std::vector<int> outputs, int early) {
   DeviceMatrix result;
-  const int out = outputs.empty() ? matrix.out_features() : static_cast<int>(outputs.size());
-  const int units = (out + cuda::kUnitRows - 1) / cuda::kUnitRows;
-  cuda::MatmulOp op = Plan(units, columns, whole);
+  const int wanted = outputs.empty() ? matrix.out_features() : static_cast<int>(outputs.size());
+  cuda::MatmulOp op = Plan(early, wanted - early, columns, whole);
+  const int units = op.units;
+  result.late_column = op.first_tiles * op.tile_subs * cuda::kUnitRows;
+  outputs.insert(outputs.begin() + early, result.late_column - early, -1);
+  const int out = wanted + result.late_column - early;
   op.columns = out;
+  op.first_columns = early;
   op.split_stride = units * cuda::kUnitRows;
   op.group_steps = columns.padded_width() / 16;
   const int blocks = cuda_.multiprocessors();
@@ -475,18 +486,14 @@ absl::Status CudaDecoder<T>::PrepareScan(const SsdSpec& ssd, int layer, cuda::Sc
   scan->padded_head = cuda::PadTo(4, ssd.head_dim);
   scan->padded_d_state = cuda::PadTo(32, ssd.d_state);
   scan->taps = ssd.conv_kernel - 1;
+  while (16 << scan->vector_shift < scan->padded_d_state * static_cast<int>(sizeof(T))) {
+    ++scan->vector_shift;
+  }
   scan->dt_min = ssd.dt_min;
   scan->dt_max = ssd.dt_max;
   scan->norm_groups = ssd.norm_groups;
   scan->channels = cuda::PadTo(4, ssd.heads * scan->padded_head + 2 * ssd.groups * ssd.d_state);
   scan->slices = (ssd.head_dim + cuda::kSliceDims - 1) / cuda::kSliceDims;
-  const int blocks = cuda_.multiprocessors();
-  // B, C and dt are for the blocks that have fewer slices of heads than others, where those are
-  // many.
-  const int spare = (blocks - scan->heads * scan->slices % blocks) % blocks;
-  const int takers = spare >= blocks / 8 ? spare : blocks;
-  const int columns = 2 * ssd.groups * ssd.d_state + ssd.heads;
-  scan->sent_columns = std::min((columns + takers - 1) / takers, cuda::kMostScanColumns);
   scan->sent_bytes = cuda::SentBytes<T>(scan->groups, scan->padded_d_state, scan->heads);
   const auto unsupported = [&](const std::string& what) {
     return absl::UnimplementedError(
@@ -501,6 +508,16 @@ absl::Status CudaDecoder<T>::PrepareScan(const SsdSpec& ssd, int layer, cuda::Sc
                                     " heads, which the CUDA kernels need"));
   }
   return absl::OkStatus();
+}
+
+template <typename T>
+int CudaDecoder<T>::SentColumns(const cuda::ScanOp& scan, int bucket_rows) const {
+  const int columns = 2 * scan.groups * scan.d_state + scan.heads;
+  const int blocks = cuda_.multiprocessors();
+  // Those that have fewer slices of heads than others, where there are many.
+  const int spare = (blocks - scan.heads * scan.slices % blocks) % blocks;
+  const int takers = cuda::SendsEarly(bucket_rows) || spare < blocks / 8 ? blocks : spare;
+  return std::min((columns + takers - 1) / takers, cuda::kMostSentColumns);
 }
 
 template <typename T>
@@ -574,17 +591,22 @@ absl::Status CudaDecoder<T>::Prepare() {
       const int padded_head = layer.scan.padded_head;
       const std::vector<int> inner = PaddedParts(0, ssd.heads, ssd.head_dim, padded_head);
       const int states = 2 * ssd.groups * ssd.d_state;
-      std::vector<int> columns = inner;  // of in_proj: z, x, B and C, dt
+      // Of in_proj: B, C and dt, then x and z.
+      std::vector<int> columns =
+          PaddedParts(2 * ssd.inner(), 1, states + ssd.heads, states + ssd.heads);
       Append(PaddedParts(ssd.inner(), ssd.heads, ssd.head_dim, padded_head), &columns);
-      Append(PaddedParts(2 * ssd.inner(), 1, states + ssd.heads, states + ssd.heads), &columns);
+      Append(inner, &columns);
       std::vector<int> channels = inner;
       Append(
           PaddedParts(ssd.inner(), 1, states, layer.scan.channels - static_cast<int>(inner.size())),
           &channels);
-      ASSIGN_OR_RETURN(layer.in, Upload(ssd.in_proj, hidden_columns, /*whole=*/false, columns));
+      ASSIGN_OR_RETURN(layer.in, Upload(ssd.in_proj, hidden_columns, /*whole=*/false, columns,
+                                        states + ssd.heads));
       ASSIGN_OR_RETURN(layer.out, Upload(ssd.out_proj, out));
       ASSIGN_OR_RETURN(layer.out_bias, Upload(ssd.out_proj_bias, padded_hidden));
       cuda::ScanOp& scan = layer.scan;
+      scan.x_column = layer.in.late_column;
+      columns.insert(columns.begin() + states + ssd.heads, scan.x_column - states - ssd.heads, -1);
       ASSIGN_OR_RETURN(scan.in_bias, Upload(Placed(ssd.in_proj_bias, columns)));
       std::vector<float> conv_weight;
       for (int k = 0; k < ssd.conv_kernel; ++k) {
@@ -896,6 +918,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       op.layer = static_cast<int>(i);
       op.scan = layer.scan;
       op.scan.partials = in;
+      op.scan.sent_columns = SentColumns(op.scan, kBucketRows[bucket]);
       op.norm = hidden_norm(block.norm.eps);
       op.scan.act = mixed;
       op.scan.squares = at.scan_squares;

@@ -11,6 +11,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
+
 #include "core/cuda/pass.h"
 #include "core/ops/matmul_cuda.cuh"
 #include "core/ops/rows_cuda.cuh"
@@ -100,7 +102,7 @@ struct PassCommit {
 template <typename T, int kRowTiles>
 struct SharedLayout {
   static constexpr int kRing = kSlots<T, kRowTiles> * kSlotBytes;
-  static constexpr int kSignals = 512;
+  static constexpr int kSignals = 640;
   static constexpr int kNodes = (sizeof(PassNodes) + 127) / 128 * 128;
   static constexpr int kOp = (sizeof(Op) + 15) / 16 * 16;
   static constexpr int kNodesAt = kRing + kSignals;

@@ -7,16 +7,28 @@ namespace canopy::cuda {
 // Warps that prepare operators.
 inline constexpr int kHelpers = 2;
 
+// A barrier for each operator, of which two are used in turn: nobody is two operators ahead.
+struct Turns {
+  uint64_t barriers[2];
+
+  __device__ void Init(uint32_t arrivals) {
+    for (uint64_t& barrier : barriers) BarrierInit(&barrier, arrivals);
+  }
+  __device__ void Arrive(int op) { BarrierArrive(&barriers[op & 1], 1); }
+  __device__ void Wait(int op) { BarrierWait(&barriers[op & 1], op >> 1 & 1); }
+};
+
 // What the roles of a block tell each other.
 struct Signals {
   uint64_t weights_here[20], weights_empty[8], acts_here[kActSlots], acts_empty[kActSlots];
-  PartInfo infos[8];          // of the ring's slots
-  uint32_t finished;          // operators, by this block and where a barrier follows by all
-  uint32_t copied;            // descriptions of operators
-  uint32_t passed;            // operators before whose last but one predecessor all blocks are
-  uint32_t helped[kHelpers];  // operators that are prepared, by each helper
-  RingPlace place;            // of the computing warps
-  uint64_t began;             // by DeviceClock
+  PartInfo infos[8];  // of the ring's slots
+  Turns finished;     // by this block, and where a barrier follows by all
+  Turns copied;       // its description
+  Turns passed;       // all blocks are done with its last but one predecessor
+  Turns helped;       // it is prepared
+  RingPlace place;    // of the computing warps
+  uint64_t began;     // by DeviceClock
+  ScanSlice slice;    // the block's first one, of the scan that comes next
 };
 
 // Made anew where it is used, so that nobody holds it in registers.
@@ -50,14 +62,8 @@ struct Progress {
   }
 };
 
-// Until operator i is ready. A function of its own, for one thread: the compiler serialises wgmma
-// that stands behind loops that might diverge.
-__device__ __noinline__ inline void AwaitHelp(const uint32_t* helped, int i) {
-  for (int helper = 0; helper < kHelpers; ++helper) {
-    while (LoadAcquireShared(helped + helper) <= static_cast<uint32_t>(i)) {
-    }
-  }
-}
+// A function of its own, so that nothing is held in registers for it.
+__device__ __noinline__ inline void AwaitHelp(Turns& helped, int op) { helped.Wait(op); }
 
 // Puts tokens in the place of the nodes' promised ones, which earlier passes have chosen. One that
 // is no token of this model, about which Resolve tells the host, is scored as another.
@@ -98,8 +104,7 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
                   commit.path, blockIdx.x + threadIdx.x / 32 * gridDim.x,
                   kConsumerWarps * gridDim.x);
   }
-  if (threadIdx.x == 0) AwaitHelp(signals.helped, 0);
-  SyncThreads<kConsumers>();
+  AwaitHelp(signals.helped, 0);
   take_op(0);
   for (int i = 0; i < arguments.op_count; ++i) {
     constexpr int kBucket = 8 * kRowTiles;
@@ -121,7 +126,7 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
         break;
       case OpKind::kScan:
         if constexpr ((kMixers & kSsdMixers) != 0) {
-          Scan<T, kRowTiles>(op.scan, nodes, store, factors, work);
+          Scan<T, kRowTiles>(op.scan, nodes, store, factors, work, &signals.slice);
         }
         break;
       case OpKind::kAttentionInputs:
@@ -153,7 +158,7 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
     // What this block wrote will be seen by others (bulk copies read it after a fence of their own
     // thread), and bulk copies may write its shared memory.
     const bool all_blocks = op.barrier != 0;
-    FenceProxyAsyncShared();
+    if (op.kind != OpKind::kMatmul) FenceProxyAsyncShared();
     SyncThreads<kConsumers>();
     if (threadIdx.x == 0) {
       if (all_blocks) {
@@ -161,12 +166,18 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
         progress.Tell(op.counter);
         progress.Await(op.counter, op.turn);
       }
-      StoreReleaseShared(&signals.finished, i + 1);
-      if (i + 1 < arguments.op_count) AwaitHelp(signals.helped, i + 1);
+      signals.finished.Arrive(i);
       if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
+      if (all_blocks && i + 1 < arguments.op_count) AwaitHelp(signals.helped, i + 1);
     }
-    SyncThreads<kConsumers>();
-    if (i + 1 < arguments.op_count) take_op(i + 1);
+    if (i + 1 < arguments.op_count) {
+      if (all_blocks) {
+        SyncThreads<kConsumers>();
+      } else {
+        AwaitHelp(signals.helped, i + 1);
+      }
+      take_op(i + 1);
+    }
   }
   // After the last operator's barrier.
   if (arguments.result != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
@@ -175,6 +186,32 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
     StoreReleaseSystem(&arguments.result->number, arguments.number);
   }
 }
+
+// A struct on its way from memory to shared memory, in the registers of a warp.
+template <typename Struct>
+struct Description {
+  static constexpr int kWords = sizeof(Struct) / 4, kEach = (kWords + 31) / 32;
+  uint32_t words[kEach] = {};
+
+  __device__ void Load(const Struct* from) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int word = i * 32 + threadIdx.x % 32;
+      if (word < kWords) words[i] = __ldg(reinterpret_cast<const uint32_t*>(from) + word);
+    }
+  }
+  __device__ void Store(char* to) const {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int word = i * 32 + threadIdx.x % 32;
+      if (word < kWords) reinterpret_cast<uint32_t*>(to)[word] = words[i];
+    }
+  }
+  template <int kOffset>
+  __device__ int Word() const {
+    return static_cast<int>(__shfl_sync(0xffffffffu, words[kOffset / 128], kOffset / 4 % 32));
+  }
+};
 
 // What the warps that help do: while an operator runs, they tell the other blocks that the one
 // before it is done, bring the next one's description into shared memory, wait for the other
@@ -187,34 +224,35 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
   constexpr bool kSsd = (kMixers & kSsdMixers) != 0, kAttention = (kMixers & kAttentionMixers) != 0;
   const int helper = threadIdx.x / 32 - kConsumerWarps - 2, lane = threadIdx.x % 32;
   float* factors = reinterpret_cast<float*>(shared + Layout::kFactorsAt);
-  const auto copy = [&](char* to, const void* from, int bytes) {
-    for (int word = lane; word < bytes / 4; word += 32) {
-      reinterpret_cast<uint32_t*>(to)[word] = __ldg(static_cast<const uint32_t*>(from) + word);
-    }
-    __syncwarp();
-  };
   const Progress progress(arguments);
   for (int i = 0; i <= arguments.op_count; ++i) {
     char* op_at = shared + Layout::kNextAt + i % 2 * Layout::kTurn;
     char* store_at = op_at + Layout::kOp;
     const Op& op = *reinterpret_cast<const Op*>(op_at);
-    while (LoadAcquireShared(&signals.finished) + 1 < static_cast<uint32_t>(i)) {
+    // The description is fetched before there is place for it.
+    Description<Op> next_op;
+    Description<LayerStore<T>> next_store;
+    if (helper == 0 && i < arguments.op_count) {
+      next_op.Load(arguments.ops + i);
+      if (nodes.layers != nullptr) {  // not so for products alone
+        next_store.Load(static_cast<const LayerStore<T>*>(nodes.layers) +
+                        next_op.template Word<offsetof(Op, layer)>());
+      }
     }
+    if (i >= 2) signals.finished.Wait(i - 2);
     if (helper == 0) {
       // In this place still stands operator i - 2. After a barrier all know that it is done.
       const int counter = op.counter, turn = i >= 2 && op.barrier == 0 ? op.turn : 0;
       __syncwarp();
       if (turn > 0 && lane == 0) progress.Tell(counter);
       if (i == arguments.op_count) break;
-      copy(op_at, arguments.ops + i, sizeof(Op));
-      if (nodes.layers != nullptr) {  // not so for products alone
-        copy(store_at, static_cast<const LayerStore<T>*>(nodes.layers) + op.layer,
-             sizeof(LayerStore<T>));
-      }
+      next_op.Store(op_at);
+      next_store.Store(store_at);
+      __syncwarp();
       if (lane == 0) {
-        StoreReleaseShared(&signals.copied, i + 1);
+        signals.copied.Arrive(i);
         if (turn > 0) progress.Await(counter, turn);
-        StoreReleaseShared(&signals.passed, i + 1);
+        signals.passed.Arrive(i);
       }
       __syncwarp();
       for (int at = blockIdx.x * 32 + lane; at < op.unsend_vectors; at += gridDim.x * 32) {
@@ -222,12 +260,12 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
       }
     } else {
       if (i == arguments.op_count) break;
-      while (LoadAcquireShared(&signals.copied) <= static_cast<uint32_t>(i)) {
-      }
+      signals.copied.Wait(i);
       if (SendsActs(8 * kRowTiles) && op.kind == OpKind::kMatmul && lane == 0) {
         ListActs<T>(op.matmul, kRowTiles, reinterpret_cast<FirstActs*>(store_at + Layout::kStore));
       }
       if (kSsd && op.kind == OpKind::kScan && blockIdx.x < op.scan.heads * op.scan.slices) {
+        if (lane == 0) signals.slice = ScanSlice(op.scan, blockIdx.x);
         StageSlice<T>(op.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at), blockIdx.x,
                       ScanLayout<T>(8 * kRowTiles, op.scan.padded_d_state), shared + Layout::kFixed,
                       lane, 32);
@@ -236,17 +274,24 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
         const LayerStore<T>& store = *reinterpret_cast<const LayerStore<T>*>(store_at);
         PrefetchKeys<T>(op.attention, nodes, store, blockIdx.x, lane, 32);
       }
-      while (LoadAcquireShared(&signals.passed) <= static_cast<uint32_t>(i)) {
-      }
+      signals.passed.Wait(i);
     }
     if (op.norm.squares != nullptr) {
       HelpRowFactors(op.norm, nodes.rows, helper, kHelpers, factors);
     }
-    __syncwarp();
-    if (lane == 0) StoreReleaseShared(&signals.helped[helper], i + 1);
-    if (kSsd && op.kind == OpKind::kScan && helper == 0) {
-      PrefetchScan<T>(op.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at));
+    if (kSsd && op.kind == OpKind::kScan) {
+      const LayerStore<T>& store = *reinterpret_cast<const LayerStore<T>*>(store_at);
+      if (helper == 0) PrefetchScan<T>(op.scan, nodes, store);
+      if constexpr (SendsEarly(8 * kRowTiles)) {
+        SyncWarps<2, 32 * kHelpers>();
+        const ScanLayout<T> layout(8 * kRowTiles, op.scan.padded_d_state);
+        SendStates<T, 2, 32 * kHelpers>(
+            op.scan, nodes, store, factors, helper * 32 + lane,
+            reinterpret_cast<float*>(shared + Layout::kFixed + layout.early));
+      }
     }
+    __syncwarp();
+    if (lane == 0) signals.helped.Arrive(i);
   }
 }
 
@@ -270,10 +315,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       BarrierInit(&signals.acts_here[i], 1);
       BarrierInit(&signals.acts_empty[i], kConsumerWarps);
     }
-    signals.finished = 0;
-    signals.copied = 0;
-    signals.passed = 0;
-    for (int i = 0; i < kHelpers; ++i) signals.helped[i] = 0;
+    signals.finished.Init(1);
+    signals.copied.Init(1);
+    signals.passed.Init(1);
+    signals.helped.Init(kHelpers + 1);  // and the thread that brings activations
     signals.place = {};
     signals.began = DeviceClock();
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -300,15 +345,29 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       const Progress progress(arguments);
       const uint64_t policy = EvictNormal();
       MatmulOp op = arguments.products[0];
+      int next = 0;  // operator
       for (int i = 0; i < arguments.product_count; ++i) {
-        const MatmulOp next = arguments.products[min(i + 1, arguments.product_count - 1)];
+        const MatmulOp later = arguments.products[min(i + 1, arguments.product_count - 1)];
+        // In step with the others, by whose barriers it waits.
+        for (; next <= op.index; ++next) {
+          if (next >= 2) signals.finished.Wait(next - 2);
+          signals.helped.Arrive(next);
+        }
+        const auto await_finished = [&] {
+          if (op.index > 0) signals.finished.Wait(op.index - 1);
+        };
+        // Where activations are sent there may be nothing to bring.
+        if (SendsActs(8 * kRowTiles)) await_finished();
         StreamActs<T>(op, kRowTiles, ring, policy, [&] {
-          while (LoadAcquireShared(&signals.finished) < static_cast<uint32_t>(op.index)) {
-          }
+          if (!SendsActs(8 * kRowTiles)) await_finished();
           if (op.turn_before > 0) progress.Await(op.counter_before, op.turn_before);
           FenceProxyAsync();
         });
-        op = next;
+        op = later;
+      }
+      for (; next < arguments.op_count; ++next) {
+        if (next >= 2) signals.finished.Wait(next - 2);
+        signals.helped.Arrive(next);
       }
     } else if (threadIdx.x >= kConsumers + 64) {
       Help<T, kRowTiles, kMixers>(arguments, *nodes, signals, shared);

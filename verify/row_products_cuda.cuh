@@ -40,7 +40,7 @@ struct RowVector<__nv_bfloat16> {
   __device__ void Load(const __nv_bfloat16* at) { v = *reinterpret_cast<const uint4*>(at); }
   __device__ void LoadGlobal(const __nv_bfloat16* at, bool there) { v = LoadNewBits(at, there); }
   // As another block sends it.
-  __device__ void LoadSent(const __nv_bfloat16* at) { v = LoadSentBits(at); }
+  __device__ void LoadSent(const __nv_bfloat16* at, bool there) { v = LoadSentBits(at, there); }
   __device__ bool Unsent() const { return IsUnsent<__nv_bfloat16>(v); }
   __device__ uint32_t Pair(int step, int half) const {
     return step == 0 ? (half == 0 ? v.x : v.y) : (half == 0 ? v.z : v.w);
@@ -62,9 +62,9 @@ struct RowVector<float> {
     v[0] = LoadNew4(at, there);
     v[1] = LoadNew4(at + 4, there);
   }
-  __device__ void LoadSent(const float* at) {
-    v[0] = LoadSent4(at);
-    v[1] = LoadSent4(at + 4);
+  __device__ void LoadSent(const float* at, bool there) {
+    v[0] = LoadSent4(at, there);
+    v[1] = LoadSent4(at + 4, there);
   }
   __device__ bool Unsent() const { return IsUnsent(v[0]) || IsUnsent(v[1]); }
   template <typename Fragment>

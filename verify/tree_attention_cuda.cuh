@@ -102,20 +102,24 @@ struct AttentionLayout {
 
 namespace canopy::cuda {
 
-// One warp a row and head. work: [kConsumerWarps][kMaxHeadDim].
+// One warp a row and head. work: [kConsumerWarps][2 kMaxHeadDim].
 template <typename T>
 __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const PassNodes& nodes,
                                                 const LayerStore<T>& store, const float* factors,
                                                 float* work) {
   constexpr int kAhead = 4;  // of 32 dimensions
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float* head_values = work + warp * kMaxHeadDim;
+  float* head_values = work + warp * (2 * kMaxHeadDim);
+  float* sines = head_values + kMaxHeadDim;
+  float* cosines = sines + kMaxHeadDim / 2;
   const int all_heads = op.heads + 2 * op.kv_heads;
 #pragma unroll 1
   for (int task = warp * gridDim.x + blockIdx.x; task < nodes.rows * all_heads;
        task += kConsumerWarps * gridDim.x) {
     const int row = task / all_heads, head = task - row * all_heads;
     const int first = head * op.head_dim;
+    const bool is_q = head < op.heads, is_k = !is_q && head < op.heads + op.kv_heads;
+    const int half = is_q || is_k ? op.rotary / 2 : 0;
     const float factor = factors[row];
     float squares = 0.0f;
 #pragma unroll 1
@@ -127,6 +131,13 @@ __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const Pas
         const int d = base + k * 32 + lane;
         splits[k] = d < op.head_dim ? Splits(op.partials, first + d) : 0;
         sums[k].Load(op.partials, row, first + d, d < op.head_dim);
+      }
+      // Rotations, while the sums come.
+      if (base == 0) {
+#pragma unroll 1
+        for (int d = lane; d < half; d += 32) {
+          sincosf(static_cast<float>(nodes.position[row]) * op.inv_freq[d], sines + d, cosines + d);
+        }
       }
       bool unsent;
       do {
@@ -151,7 +162,6 @@ __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const Pas
         squares = fmaf(value, value, squares);
       }
     }
-    const bool is_q = head < op.heads, is_k = !is_q && head < op.heads + op.kv_heads;
     const float* norm = is_q ? op.q_norm : is_k ? op.k_norm : nullptr;
     if (norm != nullptr) {
       const float norm_factor =
@@ -160,19 +170,13 @@ __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const Pas
       for (int d = lane; d < op.head_dim; d += 32) head_values[d] *= norm_factor * norm[d];
     }
     __syncwarp();
-    if (is_q || is_k) {
-      const int half = op.rotary / 2;
-      const float position = static_cast<float>(nodes.position[row]);
 #pragma unroll 1
-      for (int d = lane; d < half; d += 32) {
-        float sine, cosine;
-        sincosf(position * op.inv_freq[d], &sine, &cosine);
-        const float low = head_values[d], high = head_values[half + d];
-        head_values[d] = low * cosine - high * sine;
-        head_values[half + d] = high * cosine + low * sine;
-      }
-      __syncwarp();
+    for (int d = lane; d < half; d += 32) {
+      const float low = head_values[d], high = head_values[half + d];
+      head_values[d] = low * cosines[d] - high * sines[d];
+      head_values[half + d] = high * cosines[d] + low * sines[d];
     }
+    __syncwarp();
     T* to;
     if (is_q) {
       to = static_cast<T*>(op.q) + (row * op.heads + head) * op.padded_head;

@@ -1,10 +1,12 @@
 // The tree scan of Mamba-2 on the device, one operator from in_proj's sums to out_proj's input.
 // Formulas and exactness as in verify/tree_scan.h.
 //
-// Some blocks take a few columns of B, C and dt for all nodes, convolution along ancestors and
-// activation, and send them to the others. Those take a slice of 64 dimensions of a head: the same
-// for x, the log decays, scores C . B, the state term S C, the sum over the path, D skip,
-// gate and the gated norm's weights. Nobody waits for more than the numbers that he reads.
+// B, C and dt are what in_proj makes first. While the rest of it runs, warps that are free take a
+// few of their columns in every block, for all nodes: convolution along ancestors, activation, and
+// the results are sent to all blocks. In the operator itself, these take a slice of 64 dimensions
+// of a head: the same for x, the log decays, scores C . B, the state term S C, the sum over the
+// path, D skip, gate and the gated norm's weights. Nobody waits for more than the numbers that he
+// reads.
 //
 // Products whose sum does not run over positions (C . B over the state, S C) are tensor core
 // products of operands that hold every f32 bit; the sum over a path is one chain of fused
@@ -24,8 +26,12 @@
 
 namespace canopy::cuda {
 
-// Columns of in_proj's sums: z and x [heads][padded_head], B and C [groups][d_state], dt [heads].
-// Channels of the convolution are those of x, B and C.
+// Whether warps that are free send B, C and dt while in_proj is at work. Two are too few for more
+// rows: there blocks that have no slice do it, when in_proj is done.
+CANOPY_HOST_DEVICE constexpr bool SendsEarly(int bucket_rows) { return bucket_rows <= 8; }
+
+// Columns of in_proj's sums: B and C [groups][d_state], dt [heads]; from x_column on x and z
+// [heads][padded_head]. Channels of the convolution are those of x, B and C.
 struct ScanOp {
   int heads = 0;
   int head_dim = 0;
@@ -36,7 +42,9 @@ struct ScanOp {
   int slices = 0;          // of kSliceDims dimensions, of a head
   int taps = 0;            // kernel - 1
   int channels = 0;        // padded to a multiple of 4
-  int sent_columns = 0;    // of B, C and dt, that a block takes at a time
+  int sent_columns = 0;    // of B, C and dt, that a block takes
+  int vector_shift = 0;    // 1 << this: 16-byte vectors of a row of C, or more
+  int x_column = 0;
   Partials partials;
   const float* in_bias = nullptr;
   const float* conv_weight = nullptr;  // [taps + 1][channels]
@@ -63,9 +71,10 @@ CANOPY_HOST_DEVICE constexpr int SentBytes(int groups, int padded_d_state, int h
   return 2 * groups * padded_d_state * static_cast<int>(sizeof(T)) + PadTo(4, heads) * 4;
 }
 
+inline constexpr int kMostSentColumns = 64;
+
 inline constexpr int kSliceDims = 64;
 inline constexpr int kSquareDims = 32;
-inline constexpr int kMostScanColumns = 64;
 // Parts of the state whose terms are made by different warps.
 inline constexpr int kStateParts = kConsumerWarps / (kSliceDims / 16);
 // Floats between rows of weights and of state terms: vectors, and rows in different banks.
@@ -82,25 +91,26 @@ inline constexpr int kStagedFloats = (kConvRows + 2) * kSliceDims + 4;
 // brought while the product before is still at work.
 template <typename T>
 struct ScanLayout {
-  int dt, boundary, c, pending_u, weights, terms, raw, decay, conv, ring_u, end;
+  int dt, boundary, c, pending_u, weights, terms, raw, decay, conv, ring_u, early, end;
 
   CANOPY_HOST_DEVICE ScanLayout(int rows, int padded_d_state) {
     dt = 0;
     boundary = dt + kMaxRows * 4;
-    c = boundary + kMaxRows * 4;
-    pending_u = c;
-    const int c_bytes = rows * RowStride<T>(padded_d_state) * static_cast<int>(sizeof(T));
-    const int u_bytes = kMaxRows * kSliceDims * 4;
-    weights = c + (c_bytes > u_bytes ? c_bytes : u_bytes);
+    weights = boundary + kMaxRows * 4;
     terms = weights + rows * kWeightStride * 4;
     raw = terms;
     const int terms_bytes = kStateParts * (rows < 32 ? rows : 32) * kTermStride * 4;
-    const int raw_bytes = rows * kMostScanColumns * 4;
-    decay = terms + (terms_bytes > raw_bytes ? terms_bytes : raw_bytes);
+    const int raw_bytes = rows * kTermStride * 4;
+    c = terms + (terms_bytes > raw_bytes ? terms_bytes : raw_bytes);
+    pending_u = c;
+    const int c_bytes = rows * RowStride<T>(padded_d_state) * static_cast<int>(sizeof(T));
+    const int u_bytes = kMaxRows * kSliceDims * 4;
+    decay = c + (c_bytes > u_bytes ? c_bytes : u_bytes);
     if (decay < kMatmulWorkBytes) decay = kMatmulWorkBytes;
     conv = decay + (kRing + kMaxRows) * 4;
     ring_u = conv + kStagedFloats * 4;
-    end = ring_u + kRing * kSliceDims * 4;
+    early = ring_u + kRing * kSliceDims * 4;
+    end = early + (SendsEarly(rows) ? rows * kMostSentColumns * 4 : 0);
   }
 };
 
@@ -112,29 +122,29 @@ struct ScanLayout {
 
 namespace canopy::cuda {
 
-// B, C and dt of all nodes, `op.sent_columns` columns from `begin` on: into the store and to the
-// others.
-template <typename T>
-__device__ __noinline__ void ScanInputs(const ScanOp& op, const PassNodes& nodes,
-                                        const LayerStore<T>& store, int begin, const float* factors,
-                                        float* raw) {
+// B, C and dt of all nodes, `op.sent_columns` columns from `begin` on, once they come: into the
+// store and to all blocks.
+template <typename T, int kBarrier, int kThreads>
+__device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& nodes,
+                                            const LayerStore<T>& store, int begin,
+                                            const float* factors, int thread, float* raw) {
   const int states = op.groups * op.d_state, b_width = op.groups * op.padded_d_state;
   const int width = op.heads * op.padded_head;
   const int rows = nodes.rows, columns = op.sent_columns;
   // A thread has one column and every `step`-th row.
-  const int step = kConsumers / columns;
-  const int first_row = threadIdx.x / columns, own = threadIdx.x - first_row * columns;
-  const int column = begin + own, sum_column = 2 * width + column, channel = width + column;
+  const int step = kThreads / columns;
+  const int first_row = thread / columns, own = thread - first_row * columns;
+  const int column = begin + own, channel = width + column;
   const bool active = first_row < step && column < 2 * states + op.heads;
   const bool is_dt = column >= 2 * states, in_conv = active && !is_dt;
   // Everything is asked for at once.
-  const int splits = active ? Splits(op.partials, sum_column) : 0;
+  const int splits = active ? Splits(op.partials, column) : 0;
   Sum1 sum;
-  sum.Load(op.partials, first_row, sum_column, active && first_row < rows);
+  sum.Load(op.partials, first_row, column, active && first_row < rows);
   float weights[kMaxTaps + 1], first_inputs[kMaxTaps];
   const float* bias = is_dt ? op.dt_bias + (column - 2 * states) : op.conv_bias + channel;
   const float own_bias = LoadWeight(bias, active);
-  const float in_bias = LoadWeight(op.in_bias + sum_column, active && op.in_bias != nullptr);
+  const float in_bias = LoadWeight(op.in_bias + column, active && op.in_bias != nullptr);
   const float* conv = store.conv + channel;
 #pragma unroll
   for (int m = 0; m <= kMaxTaps; ++m) {  // m positions before the node
@@ -148,10 +158,10 @@ __device__ __noinline__ void ScanInputs(const ScanOp& op, const PassNodes& nodes
   }
 #pragma unroll 1
   for (int row = first_row; active && row < rows; row += step) {
-    if (row != first_row) sum.Load(op.partials, row, sum_column, true);
-    while (sum.Unsent(splits)) sum.Load(op.partials, row, sum_column, true);
+    if (row != first_row) sum.Load(op.partials, row, column, true);
+    while (sum.Unsent(splits)) sum.Load(op.partials, row, column, true);
     const float value =
-        fmaf(factors[row], FinishOne(sum, op.partials, row, sum_column, splits), in_bias);
+        fmaf(factors[row], FinishOne(sum, op.partials, row, column, splits), in_bias);
     if (is_dt) {
       const float v = value + own_bias;
       const float soft = fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));
@@ -163,7 +173,8 @@ __device__ __noinline__ void ScanInputs(const ScanOp& op, const PassNodes& nodes
       store.conv[(op.taps + nodes.first_pending + row) * op.channels + channel] = value;
     }
   }
-  SyncThreads<kConsumers>();
+  __syncwarp();
+  SyncWarps<kBarrier, kThreads>();
   if (!in_conv) return;
   const bool is_c = column >= states;
   const int state = is_c ? column - states : column;
@@ -189,6 +200,30 @@ __device__ __noinline__ void ScanInputs(const ScanOp& op, const PassNodes& nodes
     for (int i = 1; i < count; ++i) SendElement(to + i, FromFloat<T>(0.0f));
     if (!is_c) store.b[(kRing + nodes.first_pending + row) * b_width + at] = y;
   }
+}
+
+// The block's columns. By thread `thread` of kThreads, whose barrier is kBarrier. raw: shared
+// memory, [rows][sent_columns].
+template <typename T, int kBarrier, int kThreads>
+__device__ __forceinline__ void SendStates(const ScanOp& op, const PassNodes& nodes,
+                                           const LayerStore<T>& store, const float* factors,
+                                           int thread, float* raw) {
+  const int columns = 2 * op.groups * op.d_state + op.heads;
+  // The last blocks begin with these, for there may be more blocks than slices of heads.
+#pragma unroll 1
+  for (int begin = (gridDim.x - 1 - blockIdx.x) * op.sent_columns; begin < columns;
+       begin += gridDim.x * op.sent_columns) {
+    SendColumns<T, kBarrier, kThreads>(op, nodes, store, begin, factors, thread, raw);
+    __syncwarp();
+    SyncWarps<kBarrier, kThreads>();
+  }
+}
+// Of the computing warps.
+template <typename T>
+__device__ __noinline__ void SendStatesAtLast(const ScanOp& op, const PassNodes& nodes,
+                                              const LayerStore<T>& store, const float* factors,
+                                              float* raw) {
+  SendStates<T, 1, kConsumers>(op, nodes, store, factors, threadIdx.x, raw);
 }
 
 template <int kCount>
@@ -230,6 +265,27 @@ struct Vector {
     } else {
       *to = v[0];
     }
+  }
+};
+
+// A slice of a head, a block's task. All threads read it, so that not each has to work it out.
+struct ScanSlice {
+  int head, group, first_dim, dims;
+  int column;  // the first, of x or z or u
+  int place;   // of it in act
+  int zeros;   // of act behind the slice, which is the last one of its norm group
+
+  __device__ ScanSlice(const ScanOp& op, int task) {
+    head = task / op.slices;
+    group = head / (op.heads / op.groups);
+    first_dim = (task - head * op.slices) * kSliceDims;
+    dims = min(kSliceDims, op.head_dim - first_dim);
+    column = head * op.padded_head + first_dim;
+    const int heads_per_norm = op.heads / op.norm_groups, norm_group = head / heads_per_norm;
+    place = norm_group * op.group_columns + (head - norm_group * heads_per_norm) * op.head_dim +
+            first_dim;
+    const bool last = place + dims == norm_group * op.group_columns + heads_per_norm * op.head_dim;
+    zeros = last ? op.group_columns - heads_per_norm * op.head_dim : 0;
   }
 };
 
@@ -282,7 +338,8 @@ __device__ inline void StageSlice(const ScanOp& op, const PassNodes& nodes,
 // The operator.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
-                                     const LayerStore<T>& store, const float* factors, char* work) {
+                                     const LayerStore<T>& store, const float* factors, char* work,
+                                     ScanSlice* shared_slice) {
   constexpr int kRows = 8 * kRowTiles;
   constexpr int kVec = kRows < 32 ? kRows / 8 : 4;    // dimensions of a thread
   constexpr int kRowThreads = kSliceDims / kVec;      // threads of a row
@@ -307,37 +364,30 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
   const int end_rows = new_rows + rows;
   const int width = op.heads * op.padded_head;
   const int b_width = op.groups * ds;
-  // The last blocks begin with these, for there may be more blocks than slices of heads.
-  const int sent_columns = 2 * op.groups * op.d_state + op.heads;
-#pragma unroll 1
-  for (int begin = (gridDim.x - 1 - blockIdx.x) * op.sent_columns; begin < sent_columns;
-       begin += gridDim.x * op.sent_columns) {
-    ScanInputs<T>(op, nodes, store, begin, factors, raw);
-    SyncThreads<kConsumers>();
-  }
+  if constexpr (!SendsEarly(kRows)) SendStatesAtLast<T>(op, nodes, store, factors, raw);
 #pragma unroll 1
   for (int task = blockIdx.x; task < op.heads * op.slices; task += gridDim.x) {
-    const int head = op.slices == 1 ? task : task / op.slices;
-    const int first_dim = (task - head * op.slices) * kSliceDims;
-    const int group = op.groups == 1 ? 0 : head / (op.heads / op.groups);
-    const int dims = min(kSliceDims, op.head_dim - first_dim);
-    const int padded_dims = PadTo(4, dims);
-    const int first_column = head * op.padded_head + first_dim;
-
-    // The first slice's were brought already.
+    // The first slice and what it reads were brought already.
     if (task != static_cast<int>(blockIdx.x)) {
+      if (tid == 0) *shared_slice = ScanSlice(op, task);
       StageSlice<T>(op, nodes, store, task, layout, work, tid, kConsumers);
+      SyncThreads<kConsumers>();
     }
+    const ScanSlice& slice = *shared_slice;
+    const int head = slice.head, dims = slice.dims;
     // A thread's rows and dimensions, of which it has z and x.
-    const int dim = tid % kRowThreads * kVec;
-    const int z_column = first_column + dim, x_column = width + z_column;
-    const bool has_dim = dim < padded_dims;
+    // The first rows' are the last warps', since the first ones have more to do with stored rows.
+    const int own = tid ^ (kConsumers - 1);
+    const int dim = own % kRowThreads * kVec;
+    const int column = slice.column + dim;
+    const int x_column = op.x_column + column, z_column = x_column + width;
+    const bool has_dim = dim < PadTo(4, dims);
     const int z_splits = has_dim ? Splits(op.partials, z_column) : 0;
     const int x_splits = has_dim ? Splits(op.partials, x_column) : 0;
     int row_of[kOwn];
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      const int row = tid / kRowThreads + k * 32;
+      const int row = own / kRowThreads + k * 32;
       row_of[k] = row < rows && has_dim ? row : -1;
     }
     SumVector<kVec> sum_x, sum_z;
@@ -345,12 +395,15 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       sum_x.Load(op.partials, row_of[k], x_column, row_of[k] >= 0);
       sum_z.Load(op.partials, row_of[k], z_column, row_of[k] >= 0);
     };
-    load_sums(0);
+    // Of few rows whole warps have nothing, and do not look for it.
+    constexpr bool kFew = kRows <= 8;
+    if (!kFew || (own & ~31) / kRowThreads < rows) load_sums(0);
     Vector<kVec> gate[kOwn];
     // S: 16 dimensions a warp, and a part of the states.
     const int p_tile = warp % (kSliceDims / 16), part = warp / (kSliceDims / 16);
     const bool has_tile = p_tile * 16 < dims;
-    const int tile_floats = (head * PadTo16(op.head_dim) + first_dim + p_tile * 16) * ds + lane * 4;
+    const int tile_floats =
+        (head * PadTo16(op.head_dim) + slice.first_dim + p_tile * 16) * ds + lane * 4;
     float4 s[2][2];
     const auto load_state = [&](int position, int block) {
       const float* at = store.checkpoints[position / kSegment % 2] + (tile_floats + block * 512);
@@ -360,6 +413,62 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
     };
     if (kOwn == 1) {  // else they would not fit the registers
       load_state(nodes.first_checkpoint, part);
+    }
+
+    // dt, B, eight stored rows a warp, and C; of the new nodes as other blocks send them.
+    const int stored = warp * 8 + octet;
+    const bool receives = stored >= new_rows, has_stored = stored < end_rows;
+    const int state_column = slice.group * ds;
+    const T* b_stored = store.b + stored * b_width;
+    const T* b_sent = reinterpret_cast<const T*>(op.sent + (stored - new_rows) * op.sent_bytes);
+    const T* b_from = (receives ? b_sent : b_stored) + (state_column + quad * 8);
+    // A thread has vectors of C that are kConsumers >> shift rows apart, and dt of a row.
+    constexpr int kPer16 = 16 / sizeof(T);
+    const int shift = op.vector_shift, c_thread = tid ^ 256, dt_row = tid ^ 384;
+    const int vector = c_thread & ((1 << shift) - 1);
+    const bool has_vector = vector * kPer16 < ds;
+    const char* c_sent =
+        op.sent + (b_width + state_column + vector * kPer16) * static_cast<int>(sizeof(T));
+    const char* dt_sent =
+        op.sent + 2 * b_width * static_cast<int>(sizeof(T)) + head * 4 + dt_row * op.sent_bytes;
+    RowVector<T> b[kBlocksAhead];
+    uint4 c_here = {0, 0, 0, 0};
+    float dt_here = 0.0f;
+    const auto load_c = [&](int r) {
+      c_here = LoadSentBits(c_sent + r * op.sent_bytes, r < rows && has_vector);
+    };
+    const auto load_sent = [&] {
+      if (!kFew || (dt_row & ~31) < rows) {
+        dt_here = LoadSent(reinterpret_cast<const float*>(dt_sent), dt_row < rows);
+      }
+      if (!kFew || (c_thread & ~31) >> shift < rows) load_c(c_thread >> shift);
+      if (kFew && warp * 8 >= end_rows) return;
+#pragma unroll
+      for (int k = 0; k < kBlocksAhead; ++k) {
+        b[k].LoadSent(b_from + k * 32, has_stored && k * 32 < ds);
+      }
+    };
+    const auto unsent = [&] {
+      bool is = IsUnsent<T>(c_here) || IsUnsent(dt_here);
+      if (kFew && !receives) return is;
+#pragma unroll
+      for (int k = 0; k < kBlocksAhead; ++k) is |= receives && b[k].Unsent();
+      return is;
+    };
+    const auto receive = [&] {
+      if (kOwn > 1) load_sent();
+      while (unsent()) load_sent();
+      if (dt_row < rows) dts[dt_row] = dt_here;
+#pragma unroll 1
+      for (int r = c_thread >> shift; r < rows; r += kConsumers >> shift) {
+        if (r != c_thread >> shift) load_c(r);
+        while (IsUnsent<T>(c_here)) load_c(r);
+        if (has_vector) *reinterpret_cast<uint4*>(c + r * c_stride + vector * kPer16) = c_here;
+      }
+    };
+    if constexpr (SendsEarly(kRows)) {
+      load_sent();
+      receive();
     }
 
     // in_proj's sums: z and x of the thread's rows.
@@ -381,48 +490,12 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
             Silu(fmaf(factor, gate[k].v[v], LoadWeight(op.in_bias + z_column + v, with_bias)));
       }
       value.Store(raw + row * kTermStride + dim);
-      value.Store(store.conv + ((op.taps + nodes.first_pending + row) * op.channels + z_column));
+      value.Store(store.conv + ((op.taps + nodes.first_pending + row) * op.channels + column));
     }
     if (kOwn > 1) load_state(nodes.first_checkpoint, part);
+    if constexpr (SendsEarly(kRows)) CopiesWait();
     SyncThreads<kConsumers>();
-
-    // dt, B, eight stored rows a warp, and C; of the new nodes as other blocks send them.
-    const int stored = warp * 8 + octet;
-    const T* b_from = store.b + (stored * b_width + group * ds + quad * 8);
-    const char* b_sent = op.sent + (stored - new_rows) * op.sent_bytes +
-                         (group * ds + quad * 8) * static_cast<int>(sizeof(T));
-    const bool receives = stored >= new_rows && stored < end_rows;
-    const char* c_sent = op.sent + (b_width + group * ds) * static_cast<int>(sizeof(T));
-    const char* dt_sent = op.sent + 2 * b_width * static_cast<int>(sizeof(T)) + head * 4;
-    constexpr int kPer16 = 16 / sizeof(T);
-    const int vectors = ds / kPer16;
-    RowVector<T> b[kBlocksAhead];
-    uint4 c_here;
-    float dt_here;
-    const auto load_sent = [&](int i) {
-      const int r = i / vectors, n = i - r * vectors;
-      dt_here = LoadSent(reinterpret_cast<const float*>(dt_sent + i * op.sent_bytes), i < rows);
-      c_here = LoadSentBits(c_sent + r * op.sent_bytes + n * 16, r < rows);
-      if (i != tid) return;
-#pragma unroll
-      for (int k = 0; k < kBlocksAhead; ++k) {
-        if (k * 32 >= ds) break;
-        if (receives) {
-          b[k].LoadSent(reinterpret_cast<const T*>(b_sent) + k * 32);
-        } else {
-          b[k].LoadGlobal(b_from + k * 32, stored < new_rows);
-        }
-      }
-    };
-    const auto arrived = [&](int i) {
-      bool unsent = IsUnsent<T>(c_here) || IsUnsent(dt_here);
-      if (receives && i == tid) {
-#pragma unroll
-        for (int k = 0; k < kBlocksAhead; ++k) unsent |= k * 32 < ds && b[k].Unsent();
-      }
-      return !unsent;
-    };
-    if (kOwn == 1) load_sent(tid);  // else it would not fit the registers
+    if (!SendsEarly(kRows) && kOwn == 1) load_sent();  // else it would not fit the registers
 
     // Convolution along ancestors.
     Vector<kVec> x[kOwn];
@@ -440,7 +513,7 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
             conv + (earlier < 0 ? kConvRows + 1 : kMaxTaps + 2 + earlier) * kSliceDims;
         if (tap >= 0) from = raw + tap * kTermStride;
         if (earlier >= op.taps) {
-          inputs[m] = Vector<kVec>::LoadNew(store.conv + (earlier * op.channels + z_column));
+          inputs[m] = Vector<kVec>::LoadNew(store.conv + (earlier * op.channels + column));
         } else {
           inputs[m] = Vector<kVec>::Load(from + dim);
         }
@@ -455,26 +528,17 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
 #pragma unroll
       for (int v = 0; v < kVec; ++v) x[k].v[v] = Silu(sum.v[v]);
     }
-    // Now what was sent is there, or comes.
-#pragma unroll 1
-    for (int i = tid; i == tid || i < rows * vectors; i += kConsumers) {
-      if (kOwn > 1 || i != tid) load_sent(i);
-      while (!arrived(i)) load_sent(i);
-      if (i < rows * vectors) {
-        const int r = i / vectors, n = i - r * vectors;
-        *reinterpret_cast<uint4*>(c + r * c_stride + n * kPer16) = c_here;
-      }
-      if (i < rows) dts[i] = dt_here;
+    if constexpr (!SendsEarly(kRows)) {
+      receive();
+      CopiesWait();
+      SyncThreads<kConsumers>();
     }
-    CopiesWait();
-    SyncThreads<kConsumers>();
-
     const float* norm_weights = conv + kConvRows * kSliceDims;
     const float* d_and_a = conv + (kConvRows + 2) * kSliceDims;
     // Log decays along the path, each from the start of its aligned segment, and the one at the end
     // of the segment before the node's: a row a thread, few of each warp.
     {
-      const int row = warp + lane * kConsumerWarps;
+      const int row = ((kConsumerWarps - 3 - warp) & (kConsumerWarps - 1)) + lane * kConsumerWarps;
       if (row < rows) {
         const int t = nodes.position[row], start = nodes.checkpoint[row];
         const int segment = t / kSegment * kSegment;
@@ -495,7 +559,7 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
         }
         decay[new_rows + row] = l;
         boundary[row] = at_boundary;
-        if (first_dim == 0) store.l[(new_rows + row) * op.heads + head] = l;
+        if (slice.first_dim == 0) store.l[(new_rows + row) * op.heads + head] = l;
       }
     }
     // Scores C_i . B_j.
@@ -509,12 +573,9 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
           const int n = first + i * 32;
           if (n >= ds) break;
           if (first > 0) {
-            b[i].LoadGlobal(b_from + n, stored < new_rows);
-            if (stored >= new_rows && stored < end_rows) {
-              do {
-                b[i].LoadSent(reinterpret_cast<const T*>(b_sent) + n);
-              } while (b[i].Unsent());
-            }
+            do {
+              b[i].LoadSent(b_from + n, has_stored);
+            } while (receives && b[i].Unsent());
           }
           FragmentB<T> second[2];
           SetSecond(second, b[i]);
@@ -648,20 +709,20 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
             u.v[v] = dts[row_of[n]] * (dim + v < dims ? x[n].v[v] : 0.0f);
           }
           u.Store(pending_u + (nodes.first_pending + row_of[n]) * kSliceDims + dim);
-          u.Store(store.u + (new_rows + row_of[n]) * width + first_column + dim);
+          u.Store(store.u + (new_rows + row_of[n]) * width + column);
         }
 #pragma unroll 1
         for (int i = tid; i < nodes.first_pending * kSliceDims; i += kConsumers) {
           const int p = i % kSliceDims;
           if (p < dims) {
-            pending_u[i] = store.u[(kRing + i / kSliceDims) * width + first_column + p];
+            pending_u[i] = store.u[(kRing + i / kSliceDims) * width + slice.column + p];
           }
         }
       }
       SyncThreads<kConsumers>();
       const int row = row_of[k];
       if (row < 0) continue;
-      const float* from = terms + tid / kRowThreads * kTermStride + dim;
+      const float* from = terms + own / kRowThreads * kTermStride + dim;
       Vector<kVec> sum = Vector<kVec>::Load(from);
 #pragma unroll
       for (int i = 1; i < kStateParts; ++i) {
@@ -730,10 +791,7 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
     }
     // Then each node's own, skip, gate and the norm's weights.
     const float skip = d_and_a[0];
-    const int heads_per_norm = op.norm_groups == 1 ? op.heads : op.heads / op.norm_groups;
-    const int norm_group = op.norm_groups == 1 ? 0 : head / heads_per_norm;
-    const int place = norm_group * op.group_columns +
-                      (head - norm_group * heads_per_norm) * op.head_dim + first_dim + dim;
+    const int place = slice.place + dim;
     const int squares_of_row = op.heads * op.slices * (kSliceDims / kSquareDims);
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
@@ -769,12 +827,9 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
                         FromFloat<T>(out[v]));
           }
         }
-        // The last head of a norm group sends the zeros behind it.
-        const int zeros = op.group_columns - heads_per_norm * op.head_dim;
-        if (zeros > 0 && dim == 0 && first_dim + dims == op.head_dim &&
-            head - norm_group * heads_per_norm + 1 == heads_per_norm) {
+        if (dim == 0) {
 #pragma unroll 1
-          for (int i = 0; i < zeros; ++i) {
+          for (int i = 0; i < slice.zeros; ++i) {
             SendElement(static_cast<T*>(op.act) + ActIndex<T>(kRows, row, place + dims + i),
                         FromFloat<T>(0.0f));
           }
@@ -801,7 +856,7 @@ template <typename T>
 __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes,
                                     const LayerStore<T>& store) {
   const int lane = threadIdx.x % 32;
-  const int ds = op.padded_d_state, width = op.heads * op.padded_head;
+  const int ds = op.padded_d_state;
   // `count` rows of `bytes` bytes.
   const auto prefetch = [&](const void* base, int count, int64_t stride, int bytes) {
     const int lines = (bytes + 127) / 128 + 1;  // rows need not begin at a line
@@ -810,11 +865,6 @@ __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes,
       const int row = i / lines, offset = min((i - row * lines) * 128, bytes - 1);
       Prefetch(static_cast<const char*>(base) + row * stride + offset);
     }
-  };
-  const auto prefetch_conv = [&](int channel, int count) {
-    prefetch(store.conv + channel, op.taps, int64_t{op.channels} * 4, count * 4);
-    prefetch(op.conv_weight + channel, op.taps + 1, int64_t{op.channels} * 4, count * 4);
-    prefetch(op.conv_bias + channel, 1, 0, count * 4);
   };
 #pragma unroll 1
   for (int task = blockIdx.x; task < op.heads * op.slices; task += gridDim.x) {
@@ -834,12 +884,6 @@ __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes,
     for (int r = task; r < kRing; r += tasks) {
       prefetch(store.b + r * op.groups * ds, 1, 0, op.groups * ds * static_cast<int>(sizeof(T)));
     }
-  }
-  const int states = 2 * op.groups * op.d_state;
-#pragma unroll 1
-  for (int begin = (gridDim.x - 1 - blockIdx.x) * op.sent_columns; begin < states;
-       begin += gridDim.x * op.sent_columns) {
-    prefetch_conv(width + begin, min(op.sent_columns, states - begin));
   }
 }
 

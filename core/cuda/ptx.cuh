@@ -159,10 +159,13 @@ __device__ inline bool IsUnsent(float4 v) {
 // Whether a part of a vector of T is not there yet.
 template <typename T>
 __device__ inline bool IsUnsent(const uint4& v) {
-  const auto word = [](uint32_t w) {
-    return sizeof(T) == 2 ? (w >> 16) == 0xffffu || (w & 0xffffu) == 0xffffu : w == kUnsent;
-  };
-  return word(v.x) || word(v.y) || word(v.z) || word(v.w);
+  if constexpr (sizeof(T) == 2) {
+    // Whether a half of w has all bits: a half of ~w is zero.
+    const auto full = [](uint32_t w) { return (0xfffefffeu - w) & w; };
+    return ((full(v.x) | full(v.y) | full(v.z) | full(v.w)) & 0x80008000u) != 0;
+  } else {
+    return v.x == kUnsent || v.y == kUnsent || v.z == kUnsent || v.w == kUnsent;
+  }
 }
 __device__ inline void Send(float* to, float v, bool there = true) {
   asm volatile(
@@ -218,10 +221,14 @@ __device__ inline void LowerRegisters() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Barrier 1, of the computing warps alone.
+// A barrier of some warps of a block; 1 is that of the computing warps.
+template <int kBarrier, int kThreads>
+__device__ inline void SyncWarps() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
 template <int kThreads>
 __device__ inline void SyncThreads() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+  SyncWarps<1, kThreads>();
 }
 
 __device__ inline void AddRelease(uint32_t* counter, uint32_t value) {
@@ -241,18 +248,6 @@ __device__ inline uint64_t DeviceClock() {
   uint64_t now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");
   return now;
-}
-__device__ inline void StoreReleaseShared(uint32_t* to, uint32_t value) {
-  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(SharedAddress(to)), "r"(value)
-               : "memory");
-}
-__device__ inline uint32_t LoadAcquireShared(const uint32_t* from) {
-  uint32_t value;
-  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
-               : "=r"(value)
-               : "r"(SharedAddress(from))
-               : "memory");
-  return value;
 }
 
 // d [16, 8] += a [16, 16] b [16, 8], bf16 with f32 sums. Lane l holds, with g = l / 4 and q = l %

@@ -4,9 +4,10 @@
 // Weights are cut into units of 64 outputs by 16 inputs, a tensor core's first operand; `tile_subs`
 // units side by side make a tile, and the tiles' k-steps, one tile behind the other, are cut into
 // as many runs of equal length as there are multiprocessors. So every multiprocessor streams the
-// same number of bytes, from one contiguous place. The sums of a run over a part of a tile's K (a
-// "split") are left to the reader, who adds them in order. All this depends on the matrix and the
-// device alone, and a column of a tensor core's result on that column alone: so row-invariant.
+// same number of bytes, from one contiguous place, or where some outputs are wanted early two: a
+// part of those tiles first. The sums of a run over a part of a tile's K (a "split") are left to
+// the reader, who adds them in order. All this depends on the matrix and the device alone, and a
+// column of a tensor core's result on that column alone: so row-invariant.
 //
 // Four groups of four warps take a unit of a tile each, where it has so many; on compute
 // capability 9.0 with wgmma, which reads both operands from shared memory, elsewhere with mma.sync.
@@ -22,6 +23,8 @@
 
 #ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
 #define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
+
+#include <algorithm>
 
 #include "core/cuda/pass.h"
 
@@ -70,9 +73,12 @@ struct MatmulOp {
   int units = 0;         // blocks of 64 outputs
   int tile_subs = 1;
   int k_steps = 0;
-  int quantum = 1;       // runs begin and end at multiples of this, or at a tile's end
-  int columns = 0;       // outputs; sums of the last unit's others are not written
-  int split_stride = 0;  // columns of a split; ld is that of all
+  int quantum = 1;      // runs begin and end at multiples of this, or at a tile's end
+  int first_tiles = 0;  // that the first so many runs begin with
+  int first_runs = 0;
+  int columns = 0;        // outputs; sums of the last unit's others are not written
+  int first_columns = 0;  // the same of the first tiles
+  int split_stride = 0;   // columns of a split; ld is that of all
   int ld = 0;
   int index = 0;  // of the operator in its pass
   // Of the operator before it, see Op; turn 0 where that ends with a barrier.
@@ -84,26 +90,63 @@ struct MatmulOp {
   int group_steps = 0;
 };
 
-// How tiles are cut into runs: in quanta, one run a block, as long as there are quanta.
+// How tiles are cut into runs: in quanta, one run a block, as long as there are quanta. A run is
+// quanta of the first tiles, where it has any, and then quanta of the others.
 struct MatmulCut {
   int per_tile, total;  // quanta
   int runs;
+  int first_total, first_runs;
 
   CANOPY_HOST_DEVICE MatmulCut(const MatmulOp& op, int grid)
       : per_tile((op.k_steps + op.quantum - 1) / op.quantum),
         total((op.units + op.tile_subs - 1) / op.tile_subs * per_tile),
-        runs(grid < total ? grid : total) {}
-  // The first quantum of a run; of a block without one, `total`.
+        runs(grid < total ? grid : total),
+        first_total(op.first_runs > 0 ? op.first_tiles * per_tile : 0),
+        first_runs(op.first_runs) {}
+  // The first quantum of a run of the first tiles, and behind them; of a block without one,
+  // `first_total` and `total`.
+  CANOPY_HOST_DEVICE int FirstOfFirst(int run) const {
+    return run >= first_runs ? first_total : Part(first_total, run, first_runs);
+  }
   CANOPY_HOST_DEVICE int First(int run) const {
-    return run >= runs ? total : static_cast<int>(uint32_t(total) * uint32_t(run) / uint32_t(runs));
+    return run >= runs ? total : first_total + Part(total, run, runs) - FirstOfFirst(run);
   }
   CANOPY_HOST_DEVICE int RunOf(int quantum) const {
-    return static_cast<int>((uint32_t(quantum + 1) * uint32_t(runs) - 1) / uint32_t(total));
+    if (quantum < first_total) return PartOf(quantum, first_total, first_runs);
+    int run = PartOf(quantum, total, runs);
+    if (run < first_runs) {
+      // Runs that begin with first tiles have less of the others.
+      run = static_cast<int>(uint32_t(quantum - first_total) * uint32_t(runs * first_runs) /
+                             uint32_t(total * first_runs - first_total * runs));
+      run = run < first_runs ? run : first_runs;
+    }
+    while (First(run) > quantum) --run;
+    while (First(run + 1) <= quantum) ++run;
+    return run;
   }
   CANOPY_HOST_DEVICE int Splits(int tile) const {
     return RunOf((tile + 1) * per_tile - 1) - RunOf(tile * per_tile) + 1;
   }
+
+ private:
+  static CANOPY_HOST_DEVICE int Part(int total, int i, int parts) {
+    return static_cast<int>(uint32_t(total) * uint32_t(i) / uint32_t(parts));
+  }
+  static CANOPY_HOST_DEVICE int PartOf(int quantum, int total, int parts) {
+    return static_cast<int>((uint32_t(quantum + 1) * uint32_t(parts) - 1) / uint32_t(total));
+  }
 };
+
+// In how many runs a product's first tiles are begun with: in four splits each, or none where one
+// of these runs would have nothing of the other tiles, whose splits are those of neighbouring runs.
+inline int FirstRuns(const MatmulOp& op, int grid) {
+  constexpr int kSplits = 4;
+  if (op.first_tiles == 0) return 0;
+  const MatmulCut cut(op, grid);
+  const int quanta = op.first_tiles * cut.per_tile;
+  const int runs = std::min({kSplits * op.first_tiles, quanta, cut.runs});
+  return (quanta + runs - 1) / runs < cut.total / cut.runs ? runs : 0;
+}
 
 // Element of weight (m, k) in the packed matrix: [tile][k-step][unit of the tile][64 x 16]. A unit
 // of bf16 is 8 x 8 matrices [8][2][8][8]; f32 four blocks of 16 x 16 as a warp's operands.
@@ -185,13 +228,16 @@ __device__ inline int SlotSteps(int subs) {
   return kSlotBytes / kUnitBytes<T> / subs;
 }
 
-// Calls task(part, first k-step, bytes of weights before it) for every part of this block's run.
-template <typename T, typename F>
+// Calls task(part, first k-step, bytes of weights before it) for every part of this block's run;
+// kSplits: with the split, which takes a while.
+template <typename T, bool kSplits = false, typename F>
 __device__ inline void ForParts(const MatmulOp& op, const F& task) {
   const int run = blockIdx.x;
   const MatmulCut cut(op, gridDim.x);
-  const int end = cut.First(run + 1);
-  int quantum = cut.First(run);
+  const int begin = cut.First(run), end = cut.First(run + 1);
+  const int first_end = cut.FirstOfFirst(run + 1);
+  int quantum = cut.FirstOfFirst(run);
+  if (quantum >= first_end) quantum = begin;
   PartInfo part = {};
   part.first = part.last = part.end = 1;
   part.subs = 1;
@@ -199,14 +245,16 @@ __device__ inline void ForParts(const MatmulOp& op, const F& task) {
   while (quantum < end) {
     const int tile = quantum / cut.per_tile;
     const int tile_quantum = tile * cut.per_tile;
-    const int part_end = min(end, tile_quantum + cut.per_tile);
+    const int range_end = quantum < first_end ? first_end : end;
+    const int part_end = min(range_end, tile_quantum + cut.per_tile);
     const int first_unit = tile * op.tile_subs;
     const int subs = min(op.tile_subs, op.units - first_unit);
     const int k0 = (quantum - tile_quantum) * op.quantum;
     const int k1 = min(op.k_steps, (part_end - tile_quantum) * op.quantum);
     part.subs = static_cast<int16_t>(subs);
     part.column = first_unit * kUnitRows;
-    part.split = static_cast<int16_t>(run - cut.RunOf(tile_quantum));
+    if (kSplits) part.split = static_cast<int16_t>(run - cut.RunOf(tile_quantum));
+    const int next = part_end == first_end ? begin : part_end;
     for (int k = k0; k < k1; k += part.steps) {
       int steps = k1 - k;
       if (op.norm.groups > 1) {
@@ -216,19 +264,19 @@ __device__ inline void ForParts(const MatmulOp& op, const F& task) {
       part.steps = static_cast<int16_t>(steps);
       part.first = k == k0;
       part.last = k + steps == k1;
-      part.end = part.last && part_end == end;
+      part.end = part.last && next >= end;
       task(part, k,
            (static_cast<int64_t>(first_unit) * op.k_steps + static_cast<int64_t>(k) * subs) *
                kUnitBytes<T>);
     }
-    quantum = part_end;
+    quantum = next;
   }
 }
 
 // One thread: streams the weights of this block's run, kUnderWay pieces at a time.
 template <typename T>
 __device__ inline void StreamWeights(const MatmulOp& op, Ring& ring, uint64_t policy) {
-  ForParts<T>(op, [&](const PartInfo& part, int, int64_t offset) {
+  ForParts<T, true>(op, [&](const PartInfo& part, int, int64_t offset) {
     const char* from = static_cast<const char*>(op.weights) + offset;
     const int most = SlotSteps<T>(part.subs);
     int steps_left = part.steps;
@@ -475,17 +523,29 @@ __device__ __noinline__ inline void BeginMatmul(const MatmulOp& op, const FirstA
                                                 int slot, char* slots, float* factors) {
   if (op.norm.squares != nullptr) RowFactors(op.norm, rows, factors);
   if constexpr (SendsActs(8 * kRowTiles)) {
+    // A slot has room for a vector of 16 bytes for each thread. The vectors of the rows that there
+    // are lie on neighbouring threads, for each slot behind those of the one before.
     static_assert(kActSlotBytes == kConsumers * 16);
     constexpr int kStepBytes = 8 * kRowTiles * 16 * static_cast<int>(sizeof(T));
-    const int at = threadIdx.x * 16, in_step = at % kStepBytes / 16;
-    // See ActIndex. Of rows that the pass does not have nothing comes, and nothing is used.
-    const int row = sizeof(T) == 2 ? in_step / 16 * 8 + in_step % 8 : in_step / 4;
+    constexpr int kStepVectors = sizeof(T);  // of a row and k-step
+    constexpr int kRowVectors = kConsumers / (8 * kRowTiles);
+    const int shift = 32 - __clz(rows - 1);
     uint4 v[kActSlots];
+    int to[kActSlots];  // place in the slot, -1: nothing
     const char* from[kActSlots];
 #pragma unroll
     for (int s = 0; s < kActSlots; ++s) {
-      from[s] = static_cast<const char*>(op.act) + list.step[s] * kStepBytes + at;
-      v[s] = LoadSentBits(from[s], row < rows && at < list.steps[s] * kStepBytes);
+      const int at = (threadIdx.x - (s * kRowVectors << shift)) & (kConsumers - 1);
+      const int row = at & ((1 << shift) - 1), vector = at >> shift;
+      const int step = vector / kStepVectors, part = vector % kStepVectors;
+      // See ActIndex.
+      const int in_step =
+          sizeof(T) == 2 ? row / 8 * 256 + part * 128 + row % 8 * 16 : row * 64 + part * 16;
+      // Of rows that the pass does not have nothing comes, and nothing is used.
+      const bool there = row < rows && vector < kRowVectors && step < list.steps[s];
+      to[s] = there ? step * kStepBytes + in_step : -1;
+      from[s] = static_cast<const char*>(op.act) + (list.step[s] * kStepBytes + to[s]);
+      v[s] = LoadSentBits(from[s], there);
     }
     bool unsent;
     do {
@@ -499,8 +559,8 @@ __device__ __noinline__ inline void BeginMatmul(const MatmulOp& op, const FirstA
     } while (unsent);
 #pragma unroll
     for (int s = 0; s < kActSlots; ++s) {
-      if (at < list.steps[s] * kStepBytes) {
-        *reinterpret_cast<uint4*>(slots + (slot + s) % kActSlots * kActSlotBytes + at) = v[s];
+      if (to[s] >= 0) {
+        *reinterpret_cast<uint4*>(slots + (slot + s) % kActSlots * kActSlotBytes + to[s]) = v[s];
       }
     }
     FenceProxyAsyncShared();
@@ -589,6 +649,8 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, const FirstAct
       }
     }
     if (!part.last) continue;
+    const int columns =
+        part.column < op.first_tiles * op.tile_subs * kUnitRows ? op.first_columns : op.columns;
     const int column = part.column + warp * 16 + lane / 4;
     float* out = op.out + (part.split * op.split_stride + column) + lane % 4 * 2 * op.ld;
 #pragma unroll
@@ -599,9 +661,9 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, const FirstAct
         const bool there = n * 8 + lane % 4 * 2 + c < rows;
         const float factor = with_norm && !grouped ? group_factors[n * 8 + c] : 1.0f;
         float* to = out + (n * 8 + c) * op.ld;
-        Send(to, grouped ? totals[n][c] : factor * sums[n][c], there && column < op.columns);
+        Send(to, grouped ? totals[n][c] : factor * sums[n][c], there && column < columns);
         Send(to + 8, grouped ? totals[n][2 + c] : factor * sums[n][2 + c],
-             there && column + 8 < op.columns);
+             there && column + 8 < columns);
       }
     }
   }
