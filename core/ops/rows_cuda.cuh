@@ -360,10 +360,13 @@ __device__ inline bool Before(float value, int token, float best, int best_token
   return value > best || (value == best && token < best_token);
 }
 
-// The `top` first of `count` candidates, one warp. token_at(i), value_at(i).
+// The `top` first of `count` candidates, one warp. token_at(i), value_at(i). False, and nothing is
+// stored, where a value is not a number.
 template <typename Value, typename Token, typename Store>
-__device__ inline void SelectTop(int count, int top, const Value& value_at, const Token& token_at,
+__device__ inline bool SelectTop(int count, int top, const Value& value_at, const Token& token_at,
                                  const Store& store) {
+  constexpr int kAhead = 8;  // loads of a lane at a time
+  bool nan = false;
   const int lane = threadIdx.x % 32;
   float last = INFINITY;
   int last_token = -1;
@@ -372,15 +375,26 @@ __device__ inline void SelectTop(int count, int top, const Value& value_at, cons
     float best = -INFINITY;
     int best_token = INT32_MAX;
 #pragma unroll 1
-    for (int i = lane; i < count; i += 32) {
-      const float value = value_at(i);
-      const int token = token_at(i);
-      const bool after_last = r == 0 || Before(last, last_token, value, token);
-      if (after_last && token >= 0 && Before(value, token, best, best_token)) {
-        best = value;
-        best_token = token;
+    for (int first = lane; first < count; first += 32 * kAhead) {
+      float values[kAhead];
+      int tokens[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int i = first + 32 * k;
+        values[k] = i < count ? value_at(i) : -INFINITY;
+        tokens[k] = i < count ? token_at(i) : -1;
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        nan |= isnan(values[k]);
+        const bool after_last = r == 0 || Before(last, last_token, values[k], tokens[k]);
+        if (after_last && tokens[k] >= 0 && Before(values[k], tokens[k], best, best_token)) {
+          best = values[k];
+          best_token = tokens[k];
+        }
       }
     }
+    if (__any_sync(0xffffffffu, nan)) return false;
 #pragma unroll 1
     for (int other = 16; other > 0; other /= 2) {
       const float value = __shfl_xor_sync(0xffffffffu, best, other);
@@ -394,6 +408,7 @@ __device__ inline void SelectTop(int count, int top, const Value& value_at, cons
     last = best;
     last_token = best_token;
   }
+  return true;
 }
 
 // Into `kept`, on the device, and `told`, the host's.
@@ -411,21 +426,15 @@ __device__ inline void Select(const SelectOp& op, const PassNodes& nodes, Select
       const int count = max(0, min(per_slice, op.vocab - first));
       const float* logits = op.logits + static_cast<int64_t>(row) * op.ld + first;
       const int at = task * kMaxTop;
-      bool nan = false;
-#pragma unroll 1
-      for (int i = lane; i < count; i += 32) nan |= isnan(__ldcg(logits + i));
-      if (__any_sync(0xffffffffu, nan)) {
-        // Told by a value that no logit has.
-        if (lane == 0) __stcg(op.values + at, NAN);
-        continue;
-      }
-      SelectTop(
+      const bool numbers = SelectTop(
           count, nodes.top, [&](int i) { return __ldcg(logits + i); },
           [&](int i) { return first + i; },
           [&](int r, float value, int token) {
             __stcg(op.values + at + r, value);
             __stcg(op.tokens + at + r, token);
           });
+      // Told by a value that no logit has.
+      if (!numbers && lane == 0) __stcg(op.values + at, NAN);
     }
     return;
   }
@@ -433,22 +442,15 @@ __device__ inline void Select(const SelectOp& op, const PassNodes& nodes, Select
   for (int row = warp * gridDim.x + blockIdx.x; row < nodes.rows;
        row += kConsumerWarps * gridDim.x) {
     const int at = row * kSelectSlices * kMaxTop;
-    bool nan = false;
-#pragma unroll 1
-    for (int i = lane; i < kSelectSlices; i += 32)
-      nan |= isnan(__ldcg(op.values + at + i * kMaxTop));
-    if (__any_sync(0xffffffffu, nan)) {
-      if (lane == 0) {
-#pragma unroll 1
-        for (int r = 0; r < nodes.top; ++r) kept->token[row][r] = told->token[row][r] = -1;
-      }
-      continue;
-    }
     const auto index = [&](int i) { return at + i / nodes.top * kMaxTop + i % nodes.top; };
-    SelectTop(
+    const bool numbers = SelectTop(
         kSelectSlices * nodes.top, nodes.top, [&](int i) { return __ldcg(op.values + index(i)); },
         [&](int i) { return __ldcg(op.tokens + index(i)); },
         [&](int r, float, int token) { kept->token[row][r] = told->token[row][r] = token; });
+    if (!numbers && lane == 0) {
+#pragma unroll 1
+      for (int r = 0; r < nodes.top; ++r) kept->token[row][r] = told->token[row][r] = -1;
+    }
   }
 }
 
