@@ -4,7 +4,8 @@
 // barrier; all operators as called functions, which save registers to local memory (attention's
 // blocks and the scan's inputs are such functions, since there it saves the others more); an
 // operator's description loaded by the computing warps themselves, whose registers it then did not
-// fit; attention's code in the kernels of models without attention.
+// fit; attention's code in the kernels of models without attention; in_proj as two products with
+// the scan's inputs in between; looking at mbarriers all the time.
 
 #ifndef CANOPY_MODELS_PASS_KERNEL_CUH_
 #define CANOPY_MODELS_PASS_KERNEL_CUH_

@@ -73,7 +73,7 @@ say "== benchmark"
 run "$programs/canopy" bench --model synthetic:mamba2-2.7b --device=cuda --compare || failed=1
 run "$programs/canopy" bench --model synthetic:llama-8b --device=cuda || failed=1
 
-# In bf16: in f32 many of these do not come to an end under memcheck (docs/performance.md).
+# In bf16: in f32 attention does not come to an end under memcheck (docs/performance.md).
 say "== compute-sanitizer memcheck"
 # check NAME COMMAND...: one command under memcheck.
 check() {

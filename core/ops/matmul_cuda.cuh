@@ -19,7 +19,8 @@
 // once, paced by the clock, or a little when the ring is full; the next product's weights held back
 // until the barrier; blocks of outputs by eight warps with mma.sync, whose sums did not fit the
 // registers at 64 rows; activations sent without a barrier for more than 16 rows; a pause between
-// looks for those that are sent.
+// looks for those that are sent; a tile's slots dealt to two groups of warps; a batch of wgmma
+// under way while the next is begun; other amounts of weights under way.
 
 #ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
 #define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
