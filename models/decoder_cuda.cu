@@ -49,8 +49,7 @@ struct DeviceMatrix {
   Buffer counts;  // splits of each tile
   cuda::MatmulOp op;
   ProductShape shape;
-  int splits = 0;       // the most of a tile
-  int late_column = 0;  // the first column that is not wanted early
+  int splits = 0;  // the most of a tile
 
   cuda::Partials Sums(float* data) const {
     int shift = 0;
@@ -108,6 +107,10 @@ std::vector<int> PaddedParts(int first, int parts, int width, int padded) {
     for (int k = 0; k < padded; ++k) result.push_back(k < width ? first + i * width + k : -1);
   }
   return result;
+}
+// The first `early` outputs of a product padded with -1 to its first tiles.
+void PadEarly(int early, const cuda::MatmulOp& op, std::vector<int>* outputs) {
+  outputs->insert(outputs->begin() + early, op.LateColumn() - early, -1);
 }
 // values[places[i]], 0 where that is -1; nothing of nothing.
 std::vector<float> Placed(std::span<const float> values, const std::vector<int>& places) {
@@ -405,9 +408,8 @@ absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
   const int wanted = outputs.empty() ? matrix.out_features() : static_cast<int>(outputs.size());
   cuda::MatmulOp op = Plan(early, wanted - early, columns, whole);
   const int units = op.units;
-  result.late_column = op.first_tiles * op.tile_subs * cuda::kUnitRows;
-  outputs.insert(outputs.begin() + early, result.late_column - early, -1);
-  const int out = wanted + result.late_column - early;
+  const int out = wanted + op.LateColumn() - early;
+  PadEarly(early, op, &outputs);
   op.columns = out;
   op.first_columns = early;
   op.split_stride = units * cuda::kUnitRows;
@@ -605,8 +607,8 @@ absl::Status CudaDecoder<T>::Prepare() {
       ASSIGN_OR_RETURN(layer.out, Upload(ssd.out_proj, out));
       ASSIGN_OR_RETURN(layer.out_bias, Upload(ssd.out_proj_bias, padded_hidden));
       cuda::ScanOp& scan = layer.scan;
-      scan.x_column = layer.in.late_column;
-      columns.insert(columns.begin() + states + ssd.heads, scan.x_column - states - ssd.heads, -1);
+      scan.x_column = layer.in.op.LateColumn();
+      PadEarly(states + ssd.heads, layer.in.op, &columns);
       ASSIGN_OR_RETURN(scan.in_bias, Upload(Placed(ssd.in_proj_bias, columns)));
       std::vector<float> conv_weight;
       for (int k = 0; k < ssd.conv_kernel; ++k) {

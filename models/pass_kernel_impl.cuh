@@ -156,7 +156,8 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
         break;
     }
     // What this block wrote will be seen by others (bulk copies read it after a fence of their own
-    // thread), and bulk copies may write its shared memory.
+    // thread), and bulk copies may write its shared memory. A product has used what they write
+    // alone, and has handed that on slot by slot.
     const bool all_blocks = op.barrier != 0;
     if (op.kind != OpKind::kMatmul) FenceProxyAsyncShared();
     SyncThreads<kConsumers>();
@@ -215,8 +216,8 @@ struct Description {
 
 // What the warps that help do: while an operator runs, they tell the other blocks that the one
 // before it is done, bring the next one's description into shared memory, wait for the other
-// blocks, make the factors of the rows whose sums the next one will read, and bring what it reads
-// of earlier passes into shared memory or into the cache.
+// blocks, make the factors of the rows whose sums the next one will read, and of few rows a scan's
+// B, C and dt, and bring what it reads of earlier passes into shared memory or into the cache.
 template <typename T, int kRowTiles, int kMixers>
 __device__ __forceinline__ void Help(const PassArguments& arguments, const PassNodes& nodes,
                                      Signals& signals, char* shared) {

@@ -1,12 +1,12 @@
 // The tree scan of Mamba-2 on the device, one operator from in_proj's sums to out_proj's input.
 // Formulas and exactness as in verify/tree_scan.h.
 //
-// B, C and dt are what in_proj makes first. While the rest of it runs, warps that are free take a
-// few of their columns in every block, for all nodes: convolution along ancestors, activation, and
-// the results are sent to all blocks. In the operator itself, these take a slice of 64 dimensions
-// of a head: the same for x, the log decays, scores C . B, the state term S C, the sum over the
-// path, D skip, gate and the gated norm's weights. Nobody waits for more than the numbers that he
-// reads.
+// B, C and dt are what in_proj makes first. Some take a few of their columns for all nodes:
+// convolution along ancestors, activation, and the results are sent to all blocks. Of few rows
+// these are warps of every block that are free while in_proj goes on; else the operator begins with
+// it, in blocks that have no slice. Blocks take a slice of 64 dimensions of a head: the same for x,
+// the log decays, scores C . B, the state term S C, the sum over the path, D skip, gate and the
+// gated norm's weights. Nobody waits for more than the numbers that he reads.
 //
 // Products whose sum does not run over positions (C . B over the state, S C) are tensor core
 // products of operands that hold every f32 bit; the sum over a path is one chain of fused
@@ -26,8 +26,8 @@
 
 namespace canopy::cuda {
 
-// Whether warps that are free send B, C and dt while in_proj is at work. Two are too few for more
-// rows: there blocks that have no slice do it, when in_proj is done.
+// Whether warps that are free send B, C and dt while in_proj is at work. For more rows two in a
+// block are too few.
 CANOPY_HOST_DEVICE constexpr bool SendsEarly(int bucket_rows) { return bucket_rows <= 8; }
 
 // Columns of in_proj's sums: B and C [groups][d_state], dt [heads]; from x_column on x and z
@@ -42,7 +42,7 @@ struct ScanOp {
   int slices = 0;          // of kSliceDims dimensions, of a head
   int taps = 0;            // kernel - 1
   int channels = 0;        // padded to a multiple of 4
-  int sent_columns = 0;    // of B, C and dt, that a block takes
+  int sent_columns = 0;    // of B, C and dt, that a block takes at a time
   int vector_shift = 0;    // 1 << this: 16-byte vectors of a row of C, or more
   int x_column = 0;
   Partials partials;
@@ -72,7 +72,6 @@ CANOPY_HOST_DEVICE constexpr int SentBytes(int groups, int padded_d_state, int h
 }
 
 inline constexpr int kMostSentColumns = 64;
-
 inline constexpr int kSliceDims = 64;
 inline constexpr int kSquareDims = 32;
 // Parts of the state whose terms are made by different warps.
@@ -88,7 +87,7 @@ inline constexpr int kStagedFloats = (kConvRows + 2) * kSliceDims + 4;
 
 // Shared memory of the operator, in bytes, for buckets of `rows` rows. pending_u takes the place of
 // c once that is used up, terms that of the convolution's inputs. From `decay` on stands what is
-// brought while the product before is still at work.
+// brought while the product before is still at work; `early` is of the warps that send meanwhile.
 template <typename T>
 struct ScanLayout {
   int dt, boundary, c, pending_u, weights, terms, raw, decay, conv, ring_u, early, end;

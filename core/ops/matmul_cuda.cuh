@@ -74,9 +74,9 @@ struct MatmulOp {
   int units = 0;         // blocks of 64 outputs
   int tile_subs = 1;
   int k_steps = 0;
-  int quantum = 1;      // runs begin and end at multiples of this, or at a tile's end
-  int first_tiles = 0;  // that the first so many runs begin with
-  int first_runs = 0;
+  int quantum = 1;        // runs begin and end at multiples of this, or at a tile's end
+  int first_tiles = 0;    // of outputs that are wanted early
+  int first_runs = 0;     // that begin with those, see FirstRuns
   int columns = 0;        // outputs; sums of the last unit's others are not written
   int first_columns = 0;  // the same of the first tiles
   int split_stride = 0;   // columns of a split; ld is that of all
@@ -89,6 +89,9 @@ struct MatmulOp {
   // (group_steps k-steps each). Elsewhere the reader does.
   RowNorm norm;
   int group_steps = 0;
+
+  // The first output behind the first tiles.
+  CANOPY_HOST_DEVICE int LateColumn() const { return first_tiles * tile_subs * kUnitRows; }
 };
 
 // How tiles are cut into runs: in quanta, one run a block, as long as there are quanta. A run is
@@ -650,8 +653,7 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, const FirstAct
       }
     }
     if (!part.last) continue;
-    const int columns =
-        part.column < op.first_tiles * op.tile_subs * kUnitRows ? op.first_columns : op.columns;
+    const int columns = part.column < op.LateColumn() ? op.first_columns : op.columns;
     const int column = part.column + warp * 16 + lane / 4;
     float* out = op.out + (part.split * op.split_stride + column) + lane % 4 * 2 * op.ld;
 #pragma unroll
