@@ -46,14 +46,15 @@ bool SameShape(const ProductShape& a, const ProductShape& b) {
 // A matrix in the order in which it is streamed.
 struct DeviceMatrix {
   Buffer weights;
-  Buffer counts;  // splits of each tile
+  Buffer counts;  // splits of each tile; of an own product of its early ones
   cuda::MatmulOp op;
   ProductShape shape;
   int splits = 0;  // the most of a tile
 
   cuda::Partials Sums(float* data) const {
     int shift = 0;
-    while (1 << shift < op.tile_subs * cuda::kUnitRows) ++shift;
+    const int tile_blocks = op.early_tiles > 0 ? 1 : op.tile_blocks;
+    while (1 << shift < tile_blocks * 16) ++shift;
     return {data, counts.as<uint8_t>(), splits, shift, op.split_stride, op.ld};
   }
 };
@@ -61,7 +62,7 @@ struct DeviceMatrix {
 std::vector<cuda::MatmulOp> ProductsOf(const std::vector<cuda::Op>& ops) {
   std::vector<cuda::MatmulOp> products;
   for (const cuda::Op& op : ops) {
-    if (op.kind == cuda::OpKind::kMatmul) products.push_back(op.matmul);
+    if (op.product() != nullptr) products.push_back(*op.product());
   }
   return products;
 }
@@ -74,9 +75,9 @@ void SetTurns(std::vector<cuda::Op>* ops, bool all_tell) {
     op.counter = static_cast<int>(i % 2);
     op.turn = op.barrier != 0 || all_tell ? ++turns[op.counter] : 0;
     CHECK(op.turn > 0 || ((*ops)[i - 1].barrier != 0 && (*ops)[i + 1].barrier != 0));
-    if (op.kind == cuda::OpKind::kMatmul && i > 0 && (*ops)[i - 1].barrier == 0) {
-      op.matmul.counter_before = (*ops)[i - 1].counter;
-      op.matmul.turn_before = (*ops)[i - 1].turn;
+    if (op.product() != nullptr && i > 0 && (*ops)[i - 1].barrier == 0) {
+      op.product()->counter_before = (*ops)[i - 1].counter;
+      op.product()->turn_before = (*ops)[i - 1].turn;
     }
   }
 }
@@ -107,10 +108,6 @@ std::vector<int> PaddedParts(int first, int parts, int width, int padded) {
     for (int k = 0; k < padded; ++k) result.push_back(k < width ? first + i * width + k : -1);
   }
   return result;
-}
-// The first `early` outputs of a product padded with -1 to its first tiles.
-void PadEarly(int early, const cuda::MatmulOp& op, std::vector<int>* outputs) {
-  outputs->insert(outputs->begin() + early, op.LateColumn() - early, -1);
 }
 // values[places[i]], 0 where that is -1; nothing of nothing.
 std::vector<float> Placed(std::span<const float> values, const std::vector<int>& places) {
@@ -303,7 +300,7 @@ class CudaDecoder final : public CudaModel {
     float* partials[2];
     float* squares;
     float* scan_squares;
-    char* scan_sent;
+    char* scan_sent[2];
     T* q;
     float* select_values;
     int32_t* select_tokens;
@@ -313,17 +310,15 @@ class CudaDecoder final : public CudaModel {
   // Leaves the path's rows to the state's next pass, or moves them now and folds.
   absl::Status CommitPath(DecodeState& state, const cuda::CommitPath& path) const;
 
-  // whole: where the result is read as it is, and not from splits. outputs: which output of the
-  // matrix a column of the result is, -1: none; empty: the same. The first `early` of them are
-  // padded to whole tiles, and runs begin with those.
+  // outputs: which output of the matrix a column of the product is, -1: none; empty: the same.
   absl::StatusOr<DeviceMatrix> Upload(const PackedMatrix& matrix, const Columns& columns,
-                                      bool whole = false, std::vector<int> outputs = {},
-                                      int early = 0);
+                                      cuda::MatmulOp op, const std::vector<int>& outputs = {});
   absl::StatusOr<const float*> Upload(const std::vector<float>& values, int padded = 0);
-  // early, late: outputs that are wanted early, and others.
-  cuda::MatmulOp Plan(int early, int late, const Columns& columns, bool whole) const;
+  // whole: where the result is read as it is, and not from splits.
+  cuda::MatmulOp Plan(int outputs, const Columns& columns, bool whole = false) const;
+  // Of early outputs and tiles of `tile_blocks` blocks.
+  cuda::MatmulOp PlanOwn(int early, int tiles, int tile_blocks, const Columns& columns) const;
   absl::Status PrepareScan(const SsdSpec& ssd, int layer, cuda::ScanOp* scan) const;
-  int SentColumns(const cuda::ScanOp& scan, int bucket_rows) const;
   std::vector<cuda::Op> Program(int bucket, const CudaWorkspace& ws, const Places& at,
                                 std::vector<std::string>* names) const;
   void FillNodes(DecodeState& state, int rows, int first_pending, bool chain, int top,
@@ -367,18 +362,18 @@ class CudaDecoder final : public CudaModel {
 };
 
 template <typename T>
-cuda::MatmulOp CudaDecoder<T>::Plan(int early, int late, const Columns& columns, bool whole) const {
+cuda::MatmulOp CudaDecoder<T>::Plan(int outputs, const Columns& columns, bool whole) const {
   const int blocks = cuda_.multiprocessors();
+  constexpr int kUnitRows = 16 * cuda::kUnitBlocks;
   cuda::MatmulOp best;
   double best_cost = 0.0;
-  for (int tile_subs = 1; tile_subs <= cuda::kMostTileSubs; tile_subs *= 2) {
+  for (int units = 1; units <= cuda::kMostTileUnits; units *= 2) {
     cuda::MatmulOp op;
-    op.tile_subs = tile_subs;
-    op.first_tiles = (early + tile_subs * cuda::kUnitRows - 1) / (tile_subs * cuda::kUnitRows);
-    op.units = op.first_tiles * tile_subs + (late + cuda::kUnitRows - 1) / cuda::kUnitRows;
+    op.tile_blocks = units * cuda::kUnitBlocks;
+    op.blocks = (outputs + kUnitRows - 1) / kUnitRows * cuda::kUnitBlocks;
+    op.columns = outputs;
     op.k_steps = columns.k_steps();
     for (op.quantum = whole ? op.k_steps : 1; op.quantum <= op.k_steps; op.quantum *= 2) {
-      op.first_runs = cuda::FirstRuns(op, blocks);
       const cuda::MatmulCut cut(op, blocks);
       int splits = 0;
       for (int tile = 0; tile * cut.per_tile < cut.total; ++tile) {
@@ -388,11 +383,13 @@ cuda::MatmulOp CudaDecoder<T>::Plan(int early, int late, const Columns& columns,
       // meanwhile, and the sums of a tile that it writes and reads, which do not; and what each
       // further split costs the reader.
       const double steps = static_cast<double>((cut.total + cut.runs - 1) / cut.runs) * op.quantum;
-      const double cost = steps * tile_subs * cuda::kUnitBytes<T> + 32.0 * steps * 16 * sizeof(T) +
-                          4.0 * 32 * tile_subs * cuda::kUnitRows * 4 + 2048.0 * splits;
-      if (splits <= cuda::kMostSplits && (best.units == 0 || cost < best_cost)) {
+      const double cost = steps * units * cuda::kUnitBytes<T> + 32.0 * steps * 16 * sizeof(T) +
+                          4.0 * 32 * units * kUnitRows * 4 + 2048.0 * splits;
+      if (splits <= cuda::kMostSplits && (best.blocks == 0 || cost < best_cost)) {
         best = op;
         best_cost = cost;
+        best.split_stride = best.blocks * 16;
+        best.ld = splits * best.split_stride;
       }
       if (whole) break;
     }
@@ -401,36 +398,58 @@ cuda::MatmulOp CudaDecoder<T>::Plan(int early, int late, const Columns& columns,
 }
 
 template <typename T>
+cuda::MatmulOp CudaDecoder<T>::PlanOwn(int early, int tiles, int tile_blocks,
+                                       const Columns& columns) const {
+  const int blocks = cuda_.multiprocessors();
+  cuda::MatmulOp op;
+  op.k_steps = op.quantum = columns.k_steps();
+  op.tile_blocks = tile_blocks;
+  op.blocks = tiles * tile_blocks;
+  op.early_tiles = (early + 15) / 16;
+  op.early_runs = cuda::EarlyRuns(op.early_tiles, op.k_steps, blocks);
+  op.early_columns = early;
+  op.split_stride = op.early_tiles * 16;
+  const cuda::MatmulCut cut(op, blocks);
+  int splits = 0;
+  for (int tile = 0; tile < op.early_tiles; ++tile) {
+    splits = std::max(splits, cut.EarlySplits(tile));
+  }
+  // Where sums of the tiles go that the operator does not keep: when the product is timed alone.
+  op.late_column = splits * op.split_stride;
+  op.columns = op.ld = op.late_column + op.blocks * 16;
+  return op;
+}
+
+template <typename T>
 absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
-                                                    const Columns& columns, bool whole,
-                                                    std::vector<int> outputs, int early) {
+                                                    const Columns& columns, cuda::MatmulOp op,
+                                                    const std::vector<int>& outputs) {
   DeviceMatrix result;
-  const int wanted = outputs.empty() ? matrix.out_features() : static_cast<int>(outputs.size());
-  cuda::MatmulOp op = Plan(early, wanted - early, columns, whole);
-  const int units = op.units;
-  const int out = wanted + op.LateColumn() - early;
-  PadEarly(early, op, &outputs);
-  op.columns = out;
-  op.first_columns = early;
-  op.split_stride = units * cuda::kUnitRows;
   op.group_steps = columns.padded_width() / 16;
   const int blocks = cuda_.multiprocessors();
   const cuda::MatmulCut cut(op, blocks);
   std::vector<uint8_t> counts;
-  for (int tile = 0; tile * cut.per_tile < cut.total; ++tile) {
-    counts.push_back(static_cast<uint8_t>(cut.Splits(tile)));
-    result.splits = std::max<int>(result.splits, counts.back());
+  if (op.early_tiles > 0) {
+    for (int tile = 0; tile < op.early_tiles; ++tile) {
+      counts.push_back(static_cast<uint8_t>(cut.EarlySplits(tile)));
+    }
+  } else {
+    for (int tile = 0; tile * cut.per_tile < cut.total; ++tile) {
+      counts.push_back(static_cast<uint8_t>(cut.Splits(tile)));
+    }
   }
-  op.ld = result.splits * op.split_stride;
+  result.splits = *std::max_element(counts.begin(), counts.end());
   // The kernels count quanta and the places of sums in 32 bits.
-  if (int64_t{cut.total} * blocks > INT_MAX || int64_t{kMaxRows} * op.ld > INT_MAX) {
+  if (int64_t{cut.total} * blocks > INT_MAX || int64_t{cut.early_total} * blocks > INT_MAX ||
+      int64_t{kMaxRows} * op.ld > INT_MAX) {
     return absl::UnimplementedError(absl::StrCat("a matrix of ", matrix.out_features(), " by ",
                                                  matrix.in_features(),
                                                  " is too large for the device's products"));
   }
   ASSIGN_OR_RETURN(result.counts, cuda_.Allocate(counts.size()));
   RETURN_IF_ERROR(cuda_.ToDevice(result.counts.data(), counts.data(), counts.size()));
-  const int64_t elements = int64_t{units} * op.k_steps * cuda::kUnitRows * 16;
+  const int all_blocks = op.early_tiles + op.blocks;
+  const int64_t elements = int64_t{all_blocks} * op.k_steps * 256;
   ASSIGN_OR_RETURN(result.weights, cuda_.Allocate(elements * sizeof(T)));
   stream_bytes_ += elements * sizeof(T);
   T* weights = result.weights.as<T>();
@@ -444,12 +463,14 @@ absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
     // A tile at a time, so that the copy in between stays small.
     std::vector<T> host;
     std::vector<float> row(matrix.in_features());
-    const int tile_rows = op.tile_subs * cuda::kUnitRows;
-    for (int first = 0; first < units * cuda::kUnitRows; first += tile_rows) {
-      const int64_t from = int64_t{first} * op.k_steps * 16;
-      host.assign(std::min(int64_t{tile_rows} * op.k_steps * 16, elements - from), T(0.0f));
-      for (int m = first; m < std::min(out, first + tile_rows); ++m) {
-        const int output = outputs.empty() ? m : outputs[m];
+    for (int first = 0; first < all_blocks;) {
+      const int count = first < op.early_tiles ? 1 : std::min(op.tile_blocks, all_blocks - first);
+      const int64_t from = int64_t{first} * op.k_steps * 256;
+      host.assign(int64_t{count} * op.k_steps * 256, T(0.0f));
+      for (int m = first * 16; m < (first + count) * 16; ++m) {
+        const int output = !outputs.empty()          ? outputs[m]
+                           : m < matrix.out_features() ? m
+                                                       : -1;
         if (output < 0) continue;
         matrix.UnpackRow(output, row.data());
         for (int k = 0; k < columns.count; ++k) {
@@ -457,11 +478,12 @@ absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
         }
       }
       RETURN_IF_ERROR(cuda_.ToDevice(weights + from, host.data(), host.size() * sizeof(T)));
+      first += count;
     }
   }
   result.op = op;
   result.shape = {matrix.out_features(), columns.count};
-  if (!whole) {
+  if (&matrix != &spec_.head) {
     partial_floats_ = std::max(partial_floats_, static_cast<size_t>(kMaxRows) * op.ld);
   }
   return result;
@@ -485,7 +507,7 @@ absl::Status CudaDecoder<T>::PrepareScan(const SsdSpec& ssd, int layer, cuda::Sc
   scan->head_dim = ssd.head_dim;
   scan->groups = ssd.groups;
   scan->d_state = ssd.d_state;
-  scan->padded_head = cuda::PadTo(4, ssd.head_dim);
+  scan->padded_head = cuda::PadTo(cuda::kGroup, ssd.head_dim);
   scan->padded_d_state = cuda::PadTo(32, ssd.d_state);
   scan->taps = ssd.conv_kernel - 1;
   while (16 << scan->vector_shift < scan->padded_d_state * static_cast<int>(sizeof(T))) {
@@ -495,7 +517,6 @@ absl::Status CudaDecoder<T>::PrepareScan(const SsdSpec& ssd, int layer, cuda::Sc
   scan->dt_max = ssd.dt_max;
   scan->norm_groups = ssd.norm_groups;
   scan->channels = cuda::PadTo(4, ssd.heads * scan->padded_head + 2 * ssd.groups * ssd.d_state);
-  scan->slices = (ssd.head_dim + cuda::kSliceDims - 1) / cuda::kSliceDims;
   scan->sent_bytes = cuda::SentBytes<T>(scan->groups, scan->padded_d_state, scan->heads);
   const auto unsupported = [&](const std::string& what) {
     return absl::UnimplementedError(
@@ -509,17 +530,27 @@ absl::Status CudaDecoder<T>::PrepareScan(const SsdSpec& ssd, int layer, cuda::Sc
     return unsupported(absl::StrCat(ssd.norm_groups, " norm groups do not divide ", ssd.heads,
                                     " heads, which the CUDA kernels need"));
   }
+  // A tile a block, of as few channels as that takes, of at most two heads.
+  const int blocks = cuda_.multiprocessors(), head_groups = scan->HeadGroups();
+  const int most = std::min(cuda::kMostGroups, head_groups + 1);
+  const int groups = ssd.heads / ssd.groups * head_groups;
+  do {
+    ++scan->tile_groups;
+    scan->tiles_of_group = (groups + scan->tile_groups - 1) / scan->tile_groups;
+  } while (scan->Tiles() > blocks && scan->tile_groups < most);
+  if (scan->Tiles() > blocks) {
+    return unsupported(absl::StrCat(ssd.heads, " heads of ", ssd.head_dim, " channels on ", blocks,
+                                    " multiprocessors, which take at most ", most * cuda::kGroup,
+                                    " channels each"));
+  }
+  for (int of = 0; of < ssd.norm_groups; ++of) {
+    const int each = ssd.heads / ssd.norm_groups * head_groups;
+    scan->square_parts = std::max(
+        scan->square_parts, scan->TileOf((of + 1) * each - 1) - scan->TileOf(of * each) + 1);
+  }
+  const int sent = 2 * ssd.groups * ssd.d_state + ssd.heads;
+  scan->sent_columns = std::min((sent + blocks - 1) / blocks, cuda::kMostSentColumns);
   return absl::OkStatus();
-}
-
-template <typename T>
-int CudaDecoder<T>::SentColumns(const cuda::ScanOp& scan, int bucket_rows) const {
-  const int columns = 2 * scan.groups * scan.d_state + scan.heads;
-  const int blocks = cuda_.multiprocessors();
-  // Those that have fewer slices of heads than others, where there are many.
-  const int spare = (blocks - scan.heads * scan.slices % blocks) % blocks;
-  const int takers = cuda::SendsEarly(bucket_rows) || spare < blocks / 8 ? blocks : spare;
-  return std::min((columns + takers - 1) / takers, cuda::kMostSentColumns);
 }
 
 template <typename T>
@@ -577,8 +608,9 @@ absl::Status CudaDecoder<T>::Prepare() {
                                            " columns to a head of keys, more than fit"));
       }
       const Columns out{attention->heads * attention->head_dim, 1};
-      ASSIGN_OR_RETURN(layer.in, Upload(attention->qkv, hidden_columns));
-      ASSIGN_OR_RETURN(layer.out, Upload(attention->out, out));
+      ASSIGN_OR_RETURN(layer.in, Upload(attention->qkv, hidden_columns,
+                                        Plan(attention->qkv.out_features(), hidden_columns)));
+      ASSIGN_OR_RETURN(layer.out, Upload(attention->out, out, Plan(hidden, out)));
       ASSIGN_OR_RETURN(layer.in_bias, Upload(attention->qkv_bias));
       ASSIGN_OR_RETURN(layer.out_bias, Upload(attention->out_bias, padded_hidden));
       ASSIGN_OR_RETURN(layer.q_norm, Upload(attention->q_norm));
@@ -590,26 +622,35 @@ absl::Status CudaDecoder<T>::Prepare() {
       const SsdSpec& ssd = std::get<SsdSpec>(block.mixer);
       RETURN_IF_ERROR(PrepareScan(ssd, index, &layer.scan));
       const Columns out{ssd.inner(), ssd.norm_groups};
-      const int padded_head = layer.scan.padded_head;
-      const std::vector<int> inner = PaddedParts(0, ssd.heads, ssd.head_dim, padded_head);
-      const int states = 2 * ssd.groups * ssd.d_state;
-      // Of in_proj: B, C and dt, then x and z.
-      std::vector<int> columns =
-          PaddedParts(2 * ssd.inner(), 1, states + ssd.heads, states + ssd.heads);
-      Append(PaddedParts(ssd.inner(), ssd.heads, ssd.head_dim, padded_head), &columns);
-      Append(inner, &columns);
-      std::vector<int> channels = inner;
-      Append(
-          PaddedParts(ssd.inner(), 1, states, layer.scan.channels - static_cast<int>(inner.size())),
-          &channels);
-      ASSIGN_OR_RETURN(layer.in, Upload(ssd.in_proj, hidden_columns, /*whole=*/false, columns,
-                                        states + ssd.heads));
-      ASSIGN_OR_RETURN(layer.out, Upload(ssd.out_proj, out));
-      ASSIGN_OR_RETURN(layer.out_bias, Upload(ssd.out_proj_bias, padded_hidden));
       cuda::ScanOp& scan = layer.scan;
-      scan.x_column = layer.in.op.LateColumn();
-      PadEarly(states + ssd.heads, layer.in.op, &columns);
-      ASSIGN_OR_RETURN(scan.in_bias, Upload(Placed(ssd.in_proj_bias, columns)));
+      const std::vector<int> inner = PaddedParts(0, ssd.heads, ssd.head_dim, scan.padded_head);
+      const int states = 2 * ssd.groups * ssd.d_state, early = states + ssd.heads;
+      // Of in_proj: B, C and dt, then tiles of x and z.
+      const cuda::MatmulOp own =
+          PlanOwn(early, scan.Tiles(), scan.tile_groups, hidden_columns);
+      std::vector<int> outputs = PaddedParts(2 * ssd.inner(), 1, early, own.early_tiles * 16);
+      ASSIGN_OR_RETURN(scan.in_bias, Upload(Placed(ssd.in_proj_bias, outputs)));
+      std::vector<int> tiles;
+      for (int tile = 0; tile < scan.Tiles(); ++tile) {
+        for (int g = 0; g < scan.tile_groups; ++g) {
+          for (const int first : {ssd.inner(), 0}) {  // x, z
+            for (int k = 0; k < cuda::kGroup; ++k) {
+              const int z = g < scan.GroupsOf(tile)
+                                ? inner[(scan.FirstGroup(tile) + g) * cuda::kGroup + k]
+                                : -1;
+              tiles.push_back(z < 0 ? -1 : first + z);
+            }
+          }
+        }
+      }
+      ASSIGN_OR_RETURN(scan.tile_bias, Upload(Placed(ssd.in_proj_bias, tiles)));
+      Append(tiles, &outputs);
+      ASSIGN_OR_RETURN(layer.in, Upload(ssd.in_proj, hidden_columns, own, outputs));
+      std::vector<int> channels = inner;
+      Append(PaddedParts(ssd.inner(), 1, states, scan.channels - static_cast<int>(inner.size())),
+             &channels);
+      ASSIGN_OR_RETURN(layer.out, Upload(ssd.out_proj, out, Plan(hidden, out)));
+      ASSIGN_OR_RETURN(layer.out_bias, Upload(ssd.out_proj_bias, padded_hidden));
       std::vector<float> conv_weight;
       for (int k = 0; k < ssd.conv_kernel; ++k) {
         Append(
@@ -624,7 +665,7 @@ absl::Status CudaDecoder<T>::Prepare() {
       ASSIGN_OR_RETURN(scan.norm_weight, Upload(Placed(ssd.norm_weight, inner)));
       scan.group_columns = out.padded_width();
       mixed_steps_ = std::max(mixed_steps_, out.k_steps());
-      const int squares = scan.heads * scan.slices * (cuda::kSliceDims / cuda::kSquareDims);
+      const int squares = scan.norm_groups * scan.square_parts;
       if (scan_squares_ > 0 &&
           (squares != scan_squares_ || scan.taps != taps_ || ssd.head_dim != scan_head_dim_)) {
         return absl::UnimplementedError(
@@ -642,7 +683,9 @@ absl::Status CudaDecoder<T>::Prepare() {
       sent_bytes_ = std::max(sent_bytes_, scan.sent_bytes);
       for (int bucket = 0; bucket < kBuckets; ++bucket) {
         has_bucket_[bucket] &=
-            cuda::ScanLayout<T>(kBucketRows[bucket], scan.padded_d_state).end <= WorkBytes(bucket);
+            cuda::ScanLayout<T>(kBucketRows[bucket], scan.padded_d_state, scan.sent_columns,
+                                scan.tile_groups * cuda::kGroup)
+                .end <= WorkBytes(bucket);
       }
       if (LastBucket() < 0) {
         return unsupported(
@@ -652,14 +695,15 @@ absl::Status CudaDecoder<T>::Prepare() {
       fold_heads_ = std::max(fold_heads_, ssd.heads);
       fold_shared_ = std::max<int>(
           fold_shared_,
-          kSegment * (cuda::PadTo16(ssd.head_dim) + scan.padded_d_state) * sizeof(float));
+          kSegment * (scan.padded_head + scan.padded_d_state) * sizeof(float));
     }
     if (block.mlp) {
       MlpSpec& mlp = *block.mlp;
       const Columns middle{mlp.intermediate, 1};
       ASSIGN_OR_RETURN(layer.mlp_norm, Upload(block.mlp_norm->weight, padded_hidden));
-      ASSIGN_OR_RETURN(layer.gate_up, Upload(mlp.gate_up, hidden_columns));
-      ASSIGN_OR_RETURN(layer.down, Upload(mlp.down, middle));
+      ASSIGN_OR_RETURN(layer.gate_up, Upload(mlp.gate_up, hidden_columns,
+                                             Plan(2 * mlp.intermediate, hidden_columns)));
+      ASSIGN_OR_RETURN(layer.down, Upload(mlp.down, middle, Plan(hidden, middle)));
       ASSIGN_OR_RETURN(layer.gate_up_bias, Upload(mlp.gate_up_bias));
       ASSIGN_OR_RETURN(layer.down_bias, Upload(mlp.down_bias, padded_hidden));
       mixed_steps_ = std::max(mixed_steps_, middle.k_steps());
@@ -682,7 +726,8 @@ absl::Status CudaDecoder<T>::Prepare() {
     layers_.push_back(std::move(layer));
   }
   ASSIGN_OR_RETURN(final_norm_, Upload(spec_.final_norm.weight, padded_hidden));
-  ASSIGN_OR_RETURN(head_, Upload(spec_.head, hidden_columns, /*whole=*/true));
+  ASSIGN_OR_RETURN(head_, Upload(spec_.head, hidden_columns,
+                                 Plan(info.vocab_size, hidden_columns, /*whole=*/true)));
   // The embedding, row by row.
   const PackedMatrix& embedding = spec_.embedding ? *spec_.embedding : spec_.head;
   const int64_t embedding_elements = int64_t{info.vocab_size} * hidden;
@@ -750,7 +795,7 @@ absl::StatusOr<std::unique_ptr<DecodeState>> CudaDecoder<T>::NewState(
       const SsdSpec& ssd = std::get<SsdSpec>(spec_.blocks[i].mixer);
       const cuda::ScanOp& scan = layers_[i].scan;
       const size_t floats =
-          size_t{1} * ssd.heads * cuda::PadTo16(ssd.head_dim) * scan.padded_d_state;
+          size_t{1} * ssd.heads * scan.padded_head * scan.padded_d_state;
       const size_t b_columns = size_t{1} * ssd.groups * scan.padded_d_state;
       pieces.Add(&store.checkpoints[0], floats);
       pieces.Add(&store.checkpoints[1], floats);
@@ -805,7 +850,7 @@ void CudaDecoder<T>::AddPieces(Pieces& pieces, Places& p, CudaWorkspace& ws) con
   pieces.Add(&p.squares, size_t{1} * kMaxRows * cuda::Granules(hidden_steps_));
   pieces.Add(&p.scan_squares, size_t{1} * kMaxRows * scan_squares_);
   pieces.Add(&p.q, size_t{1} * kMaxRows * q_columns_);
-  pieces.Add(&p.scan_sent, size_t{1} * kMaxRows * sent_bytes_);
+  for (char*& sent : p.scan_sent) pieces.Add(&sent, size_t{1} * kMaxRows * sent_bytes_);
   pieces.Add(&ws.logits, size_t{1} * kMaxRows * head_.op.ld);
   pieces.Add(&p.select_values, size_t{1} * kMaxRows * cuda::kSelectSlices * kMaxTop);
   pieces.Add(&p.select_tokens, size_t{1} * kMaxRows * cuda::kSelectSlices * kMaxTop);
@@ -821,34 +866,39 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   // Whether products wait for each activation, and not for a barrier before them.
   const bool sends_acts = cuda::SendsActs(kBucketRows[bucket]);
   // What was sent is used up when the operator after its reader runs, which makes it ready again.
-  struct Sent {
+  struct UsedUp {
     size_t op;
     void* data;
     size_t bytes;
   };
-  std::vector<Sent> used_up;
+  std::vector<UsedUp> used_up;
   const int rows = kBucketRows[bucket];
   const size_t hidden_elements = size_t{1} * rows * hidden_steps_ * 16;
   const size_t mixed_elements = size_t{1} * rows * mixed_steps_ * 16;
   T* const hidden_acts[2] = {at.act_hidden[bucket], at.acts[bucket]};
   T* const mixed_acts[2] = {at.acts[bucket] + hidden_elements,
                             at.acts[bucket] + hidden_elements + mixed_elements};
-  int sums_place = 0, hidden_place = 0, mixed_place = 0;
+  int sums_place = 0, hidden_place = 0, mixed_place = 0, scans = 0;
+  // The product of the next operator.
+  const auto product = [&](const DeviceMatrix& matrix, T* act, float* out,
+                           const cuda::RowNorm& norm) {
+    cuda::MatmulOp op = matrix.op;
+    op.act = act;
+    op.out = out;
+    op.norm = norm;
+    if (sends_acts) {
+      used_up.push_back({ops.size() + 2, act, size_t{1} * rows * op.k_steps * 16 * sizeof(T)});
+    }
+    shapes.resize(ops.size());
+    shapes.push_back(matrix.shape);
+    return op;
+  };
   const auto matmul = [&](const DeviceMatrix& matrix, T* act, float* out,
                           const cuda::RowNorm& norm) {
     cuda::Op op;
     op.kind = cuda::OpKind::kMatmul;
-    op.matmul = matrix.op;
-    op.matmul.act = act;
-    op.matmul.out = out;
-    op.matmul.norm = norm;
+    op.matmul = product(matrix, act, out, norm);
     op.barrier = out == ws.logits;
-    if (sends_acts) {
-      used_up.push_back(
-          {ops.size() + 2, act, size_t{1} * rows * matrix.op.k_steps * 16 * sizeof(T)});
-    }
-    shapes.resize(ops.size());
-    shapes.push_back(matrix.shape);
     ops.push_back(op);
     return matrix.Sums(out);
   };
@@ -883,11 +933,12 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       op.residual = {partials, norm, bias, at.x, hidden, hidden_steps_, next_input(next)};
       ops.push_back(op);
     };
-    const cuda::Partials in =
-        matmul(layer.in, hidden_acts[hidden_place], at.partials[other(&sums_place)], {});
+    T* const hidden_act = hidden_acts[hidden_place];
+    float* const in_sums = at.partials[other(&sums_place)];
     T* const mixed = mixed_acts[other(&mixed_place)];
     cuda::RowNorm out_norm;
     if (const auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
+      const cuda::Partials in = matmul(layer.in, hidden_act, in_sums, {});
       cuda::Op op;
       op.layer = static_cast<int>(i);
       op.attention = {attention->heads,
@@ -918,16 +969,18 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       const SsdSpec& ssd = std::get<SsdSpec>(block.mixer);
       cuda::Op op;
       op.layer = static_cast<int>(i);
-      op.scan = layer.scan;
-      op.scan.partials = in;
-      op.scan.sent_columns = SentColumns(op.scan, kBucketRows[bucket]);
-      op.norm = hidden_norm(block.norm.eps);
-      op.scan.act = mixed;
-      op.scan.squares = at.scan_squares;
-      op.scan.sent = at.scan_sent;
+      cuda::ScanOp& scan = op.ssd.scan;
       op.kind = cuda::OpKind::kScan;
+      op.ssd.in = product(layer.in, hidden_act, in_sums, {});
+      scan = layer.scan;
+      scan.number = scans++;
+      scan.partials = layer.in.Sums(in_sums);
+      scan.act = mixed;
+      scan.squares = at.scan_squares;
+      scan.sent = at.scan_sent[scan.number % 2];
+      op.norm = hidden_norm(block.norm.eps);
       op.barrier = !sends_acts || ssd.norm_groups > 1;
-      used_up.push_back({ops.size() + 2, at.scan_sent, size_t{1} * rows * op.scan.sent_bytes});
+      used_up.push_back({ops.size() + 2, scan.sent, size_t{1} * rows * scan.sent_bytes});
       ops.push_back(op);
       out_norm = {at.scan_squares, scan_squares_ / ssd.norm_groups, ssd.norm_groups,
                   static_cast<float>(ssd.norm_groups) / static_cast<float>(ssd.inner()),
@@ -967,30 +1020,38 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                  stage,     at.select_values, at.select_tokens};
     ops.push_back(op);
   }
-  for (const Sent& sent : used_up) {
-    CHECK(sent.op < ops.size() && ops[sent.op].unsend_vectors == 0 && sent.bytes % 16 == 0);
-    ops[sent.op].unsend = static_cast<uint4*>(sent.data);
-    ops[sent.op].unsend_vectors = static_cast<int32_t>(sent.bytes / 16);
+  for (const UsedUp& sent : used_up) {
+    CHECK(sent.op < ops.size() && sent.bytes % 16 == 0);
+    cuda::Sent* to = ops[sent.op].used_up;
+    if (to->vectors > 0) ++to;
+    CHECK(to->vectors == 0);
+    *to = {static_cast<uint4*>(sent.data), static_cast<int32_t>(sent.bytes / 16)};
   }
   // What the kernels rely on. An operator begins when all blocks are done with the last but one: so
   // what warps prepare for the reader of a product while that runs is there and is not in use. A
   // product that reads norms stands behind a barrier. A pass ends with one, with the selection,
   // without it, and without the head.
   for (size_t i = 0; i < ops.size(); ++i) {
-    const bool prepared = ops[i].norm.squares != nullptr || ops[i].kind == cuda::OpKind::kScan;
-    CHECK(!prepared || ops[i - 1].kind == cuda::OpKind::kMatmul);
-    CHECK(ops[i].kind != cuda::OpKind::kMatmul || ops[i - 1].barrier != 0 ||
-          (sends_acts && ops[i].matmul.norm.squares == nullptr));
+    const bool scan = ops[i].kind == cuda::OpKind::kScan;
+    CHECK(ops[i].norm.squares == nullptr || scan || ops[i - 1].kind == cuda::OpKind::kMatmul);
+    CHECK(ops[i].product() == nullptr || ops[i - 1].barrier != 0 ||
+          (sends_acts && ops[i].product()->norm.squares == nullptr));
+    // What is brought into shared memory for a scan.
+    CHECK(!scan || ops[i - 1].kind == cuda::OpKind::kEmbed ||
+          ops[i - 1].kind == cuda::OpKind::kResidual);
     CHECK(i + 4 < ops.size() || ops[i].barrier != 0);
   }
   SetTurns(&ops, sends_acts);
   names->clear();
   shapes.resize(ops.size());
   for (size_t i = 0; i < ops.size(); ++i) {
-    if (ops[i].kind == cuda::OpKind::kMatmul) ops[i].matmul.index = static_cast<int>(i);
-    names->push_back(ops[i].kind == cuda::OpKind::kMatmul
-                         ? absl::StrCat("product ", shapes[i].out, " x ", shapes[i].in)
-                         : cuda::Name(ops[i].kind));
+    const bool is_product = ops[i].product() != nullptr;
+    if (is_product) ops[i].product()->index = static_cast<int>(i);
+    const std::string name =
+        is_product ? absl::StrCat("product ", shapes[i].out, " x ", shapes[i].in) : "";
+    names->push_back(!is_product                             ? cuda::Name(ops[i].kind)
+                     : ops[i].kind == cuda::OpKind::kScan ? name + " and scan"
+                                                          : name);
   }
   return ops;
 }
@@ -1015,7 +1076,14 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
   for (float* partials : places.partials) {
     RETURN_IF_ERROR(unsend(partials, partial_floats_ * sizeof(float)));
   }
-  RETURN_IF_ERROR(unsend(places.scan_sent, size_t{1} * kMaxRows * sent_bytes_));
+  for (char* sent : places.scan_sent) {
+    RETURN_IF_ERROR(unsend(sent, size_t{1} * kMaxRows * sent_bytes_));
+  }
+  // Of norm groups that fewer tiles have a part of.
+  RETURN_IF_CUDA_ERROR(cudaMemsetAsync(places.scan_squares, 0,
+                                       size_t{1} * kMaxRows * scan_squares_ * sizeof(float),
+                                       cuda_.stream()),
+                       "clearing memory");
   // Once to count the operators, then with the addresses.
   const std::vector<cuda::Op> count = Program(0, *ws, places, &ws->names);
   const size_t op_count = count.size();

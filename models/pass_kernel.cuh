@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <utility>
 
 #include "core/cuda/pass.h"
 #include "core/ops/matmul_cuda.cuh"
@@ -41,6 +42,12 @@ constexpr const char* Name(OpKind kind) {
   return kNames[static_cast<int>(kind)];
 }
 
+// What was sent before and is used up: made ready to be sent again while an operator runs.
+struct Sent {
+  uint4* data = nullptr;
+  int32_t vectors = 0;
+};
+
 struct Op {
   OpKind kind = OpKind::kEmbed;
   int32_t layer = 0;
@@ -51,15 +58,17 @@ struct Op {
   // counter when they are: 0 where they do not tell, since barriers stand around it.
   int32_t counter = 0;
   int32_t turn = 0;
-  // What was sent before and is used up: made ready to be sent again while this operator runs.
-  int32_t unsend_vectors = 0;
-  uint4* unsend = nullptr;
-  // Of the input of the product before it, whose sums it reads; see HelpRowFactors.
+  Sent used_up[2];
+  // Of the input of the product before it, whose sums it reads, or of a scan its own product's; see
+  // HelpRowFactors.
   RowNorm norm;
   union {  // by kind
     EmbedOp embed;
     MatmulOp matmul;
-    ScanOp scan;
+    struct {
+      MatmulOp in;
+      ScanOp scan;
+    } ssd;
     AttentionOp attention;
     ResidualOp residual;
     GatedOp gated;
@@ -67,6 +76,11 @@ struct Op {
   };
 
   Op() : embed() {}
+
+  CANOPY_HOST_DEVICE const MatmulOp* product() const {
+    return kind == OpKind::kMatmul ? &matmul : kind == OpKind::kScan ? &ssd.in : nullptr;
+  }
+  MatmulOp* product() { return const_cast<MatmulOp*>(std::as_const(*this).product()); }
 };
 
 inline constexpr int kCounterStride = 32;
@@ -103,7 +117,7 @@ struct PassCommit {
 template <typename T, int kRowTiles>
 struct SharedLayout {
   static constexpr int kRing = kSlots<T, kRowTiles> * kSlotBytes;
-  static constexpr int kSignals = 640;
+  static constexpr int kSignals = 768;
   static constexpr int kNodes = (sizeof(PassNodes) + 127) / 128 * 128;
   static constexpr int kOp = (sizeof(Op) + 15) / 16 * 16;
   static constexpr int kNodesAt = kRing + kSignals;

@@ -27,8 +27,9 @@ struct Signals {
   Turns passed;       // all blocks are done with its last but one predecessor
   Turns helped;       // it is prepared
   RingPlace place;    // of the computing warps
+  Turns factored;     // of scans: factors of their input's norm are there
   uint64_t began;     // by DeviceClock
-  ScanSlice slice;    // the block's first one, of the scan that comes next
+  ScanTile tile;      // of the scan that comes next
 };
 
 // Made anew where it is used, so that nobody holds it in registers.
@@ -114,19 +115,22 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
     char* work = shared + Layout::kFixed;
     float* work_floats = reinterpret_cast<float*>(work);
     const float* factors = reinterpret_cast<const float*>(shared + Layout::kFactorsAt);
+    const FirstActs& first_acts =
+        *reinterpret_cast<const FirstActs*>(shared + Layout::kFirstActsAt);
     switch (op.kind) {
       case OpKind::kEmbed:
         Embed<T>(op.embed, nodes, kBucket);
         break;
       case OpKind::kMatmul:
-        ConsumeMatmul<T, kRowTiles>(
-            op.matmul, *reinterpret_cast<const FirstActs*>(shared + Layout::kFirstActsAt),
-            nodes.rows, RingOf<T, kRowTiles>(shared), &signals.place,
-            reinterpret_cast<float*>(work + kActRingBytes));
+        ConsumeMatmul<T, kRowTiles>(op.matmul, first_acts, nodes.rows,
+                                    RingOf<T, kRowTiles>(shared), &signals.place,
+                                    reinterpret_cast<float*>(work + kActRingBytes));
         break;
       case OpKind::kScan:
         if constexpr ((kMixers & kSsdMixers) != 0) {
-          Scan<T, kRowTiles>(op.scan, nodes, store, factors, work, &signals.slice);
+          Scan<T, kRowTiles>(op.ssd.in, op.ssd.scan, nodes, store, first_acts,
+                             RingOf<T, kRowTiles>(shared), &signals.place, factors, work,
+                             signals.tile, [&] { signals.factored.Wait(op.ssd.scan.number); });
         }
         break;
       case OpKind::kAttentionInputs:
@@ -216,8 +220,8 @@ struct Description {
 
 // What the warps that help do: while an operator runs, they tell the other blocks that the one
 // before it is done, bring the next one's description into shared memory, wait for the other
-// blocks, make the factors of the rows whose sums the next one will read, and of few rows a scan's
-// B, C and dt, and bring what it reads of earlier passes into shared memory or into the cache.
+// blocks, make the factors of the rows whose sums the next one will read, or a scan that runs, and
+// bring what a scan reads of earlier passes into shared memory or into the cache.
 template <typename T, int kRowTiles, int kMixers>
 __device__ __forceinline__ void Help(const PassArguments& arguments, const PassNodes& nodes,
                                      Signals& signals, char* shared) {
@@ -256,20 +260,28 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
         signals.passed.Arrive(i);
       }
       __syncwarp();
-      for (int at = blockIdx.x * 32 + lane; at < op.unsend_vectors; at += gridDim.x * 32) {
-        __stcg(op.unsend + at, make_uint4(kUnsent, kUnsent, kUnsent, kUnsent));
+#pragma unroll 1
+      for (const Sent& sent : op.used_up) {
+        for (int at = blockIdx.x * 32 + lane; at < sent.vectors; at += gridDim.x * 32) {
+          __stcg(sent.data + at, make_uint4(kUnsent, kUnsent, kUnsent, kUnsent));
+        }
       }
     } else {
       if (i == arguments.op_count) break;
       signals.copied.Wait(i);
-      if (SendsActs(8 * kRowTiles) && op.kind == OpKind::kMatmul && lane == 0) {
-        ListActs<T>(op.matmul, kRowTiles, reinterpret_cast<FirstActs*>(store_at + Layout::kStore));
+      if (SendsActs(8 * kRowTiles) && op.product() != nullptr && lane == 0) {
+        ListActs<T>(*op.product(), kRowTiles,
+                    reinterpret_cast<FirstActs*>(store_at + Layout::kStore));
       }
-      if (kSsd && op.kind == OpKind::kScan && blockIdx.x < op.scan.heads * op.scan.slices) {
-        if (lane == 0) signals.slice = ScanSlice(op.scan, blockIdx.x);
-        StageSlice<T>(op.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at), blockIdx.x,
-                      ScanLayout<T>(8 * kRowTiles, op.scan.padded_d_state), shared + Layout::kFixed,
-                      lane, 32);
+      // What a commit moves is read behind the first operator's barrier.
+      if (kSsd && i == 1 && op.kind == OpKind::kScan) signals.finished.Wait(0);
+      if (kSsd && op.kind == OpKind::kScan && static_cast<int>(blockIdx.x) < op.ssd.scan.Tiles()) {
+        const ScanOp& scan = op.ssd.scan;
+        SetTile(scan, blockIdx.x, &signals.tile);
+        StageTile<T>(scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at), signals.tile,
+                     ScanLayout<T>(8 * kRowTiles, scan.padded_d_state, scan.sent_columns,
+                                   scan.tile_groups * kGroup),
+                     shared + Layout::kFixed);
       }
       if (kAttention && op.kind == OpKind::kAttentionInputs) {
         const LayerStore<T>& store = *reinterpret_cast<const LayerStore<T>*>(store_at);
@@ -277,19 +289,19 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
       }
       signals.passed.Wait(i);
     }
-    if (op.norm.squares != nullptr) {
-      HelpRowFactors(op.norm, nodes.rows, helper, kHelpers, factors);
+    // A scan's factors are of what all blocks did in the operator before it, and so are made while
+    // it runs.
+    const Op& running =
+        *reinterpret_cast<const Op*>(shared + Layout::kNextAt + (i + 1) % 2 * Layout::kTurn);
+    const bool scans = kSsd && i > 0 && running.kind == OpKind::kScan;
+    const bool waits = kSsd && op.kind == OpKind::kScan;
+    if (scans || (op.norm.squares != nullptr && !waits)) {
+      HelpRowFactors(scans ? running.norm : op.norm, nodes.rows, helper, kHelpers, factors);
     }
-    if (kSsd && op.kind == OpKind::kScan) {
-      const LayerStore<T>& store = *reinterpret_cast<const LayerStore<T>*>(store_at);
-      if (helper == 0) PrefetchScan<T>(op.scan, nodes, store);
-      if constexpr (SendsEarly(8 * kRowTiles)) {
-        SyncWarps<2, 32 * kHelpers>();
-        const ScanLayout<T> layout(8 * kRowTiles, op.scan.padded_d_state);
-        SendStates<T, 2, 32 * kHelpers>(
-            op.scan, nodes, store, factors, helper * 32 + lane,
-            reinterpret_cast<float*>(shared + Layout::kFixed + layout.early));
-      }
+    __syncwarp();
+    if (scans && lane == 0) signals.factored.Arrive(running.ssd.scan.number);
+    if (waits && helper == 0) {
+      PrefetchScan<T>(op.ssd.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at));
     }
     __syncwarp();
     if (lane == 0) signals.helped.Arrive(i);
@@ -319,6 +331,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     signals.finished.Init(1);
     signals.copied.Init(1);
     signals.passed.Init(1);
+    signals.factored.Init(kHelpers);
     signals.helped.Init(kHelpers + 1);  // and the thread that brings activations
     signals.place = {};
     signals.began = DeviceClock();

@@ -1,21 +1,23 @@
-// The tree scan of Mamba-2 on the device, one operator from in_proj's sums to out_proj's input.
-// Formulas and exactness as in verify/tree_scan.h.
+// The tree scan of Mamba-2 on the device, one operator from in_proj to out_proj's input. Formulas
+// and exactness as in verify/tree_scan.h.
 //
-// B, C and dt are what in_proj makes first. Some take a few of their columns for all nodes:
-// convolution along ancestors, activation, and the results are sent to all blocks. Of few rows
-// these are warps of every block that are free while in_proj goes on; else the operator begins with
-// it, in blocks that have no slice. Blocks take a slice of 64 dimensions of a head: the same for x,
-// the log decays, scores C . B, the state term S C, the sum over the path, D skip, gate and the
-// gated norm's weights. Nobody waits for more than the numbers that he reads.
+// Blocks take a tile of channels of x, some groups of eight side by side, and make in_proj's x and z
+// of those themselves (an own product, core/ops/matmul_cuda.cuh): these never leave the block. B, C
+// and dt, that all blocks need, are the early part of that product. While two groups of warps
+// multiply, the two others do all that x and z are not needed for: each block sends a few columns of
+// B, C and dt to all, convolved and activated; then the log decays, scores C . B, the state term
+// S C, and the sum over the prefix's part of the path. With x and z come the convolution along
+// ancestors, the sum over the path's pending nodes, D skip, gate and the gated norm's weights.
+// Nobody waits for more than the numbers that he reads.
 //
 // Products whose sum does not run over positions (C . B over the state, S C) are tensor core
 // products of operands that hold every f32 bit; the sum over a path is one chain of fused
 // multiply-adds in path order. The checkpoint is read once and nothing of it is written.
 //
 // Both products run over the state in blocks of 32, of which a lane l holds the eight from
-// 8 (l % 4) on, so that operands are vectors in memory. Checkpoints S are stored as first operands:
-// blocks [p / 16][n / 32] of 512 f32, in which S[p, n] is element n % 4 of vector
-// (n % 8 / 4 * 2 + p % 16 / 8) * 32 + lane, with lane = p % 8 * 4 + n % 32 / 8.
+// 8 (l % 4) on, so that operands are vectors in memory. Checkpoints S are stored as halves of first
+// operands: blocks [p / 8][n / 32] of 256 f32, p the channel of x, in which S[p, n] is element n % 4
+// of vector n % 8 / 4 * 32 + lane, with lane = p % 8 * 4 + n % 32 / 8.
 
 #ifndef CANOPY_VERIFY_TREE_SCAN_CUDA_CUH_
 #define CANOPY_VERIFY_TREE_SCAN_CUDA_CUH_
@@ -26,27 +28,34 @@
 
 namespace canopy::cuda {
 
-// Whether warps that are free send B, C and dt while in_proj is at work. For more rows two in a
-// block are too few.
-CANOPY_HOST_DEVICE constexpr bool SendsEarly(int bucket_rows) { return bucket_rows <= 8; }
+inline constexpr int kGroup = 8;       // channels
+inline constexpr int kMostGroups = 8;  // of a tile
+inline constexpr int kMostTileHeads = 2;
+// Of the computing warps the last ones, which in_proj's tiles leave free.
+inline constexpr int kEarlyWarps = kConsumerWarps / 2;
+inline constexpr int kEarly = 32 * kEarlyWarps;
+static_assert(2 * kMostGroups * kGroup / 64 * 4 <= kConsumerWarps - kEarlyWarps);
 
-// Columns of in_proj's sums: B and C [groups][d_state], dt [heads]; from x_column on x and z
-// [heads][padded_head]. Channels of the convolution are those of x, B and C.
+// Channels of x, z and u: [heads][padded_head]; those of the convolution are x, B and C. A tile has
+// `tile_groups` groups of them, the last of a group of heads fewer; in_proj makes x and z of a group
+// side by side, 16 outputs. Early columns: B and C [groups][d_state], dt [heads].
 struct ScanOp {
   int heads = 0;
   int head_dim = 0;
-  int padded_head = 0;  // to a multiple of 4
-  int groups = 0;
+  int padded_head = 0;  // to a multiple of kGroup
+  int groups = 0;       // of heads, that share B and C
   int d_state = 0;
   int padded_d_state = 0;  // to a multiple of 32
-  int slices = 0;          // of kSliceDims dimensions, of a head
   int taps = 0;            // kernel - 1
   int channels = 0;        // padded to a multiple of 4
   int sent_columns = 0;    // of B, C and dt, that a block takes at a time
   int vector_shift = 0;    // 1 << this: 16-byte vectors of a row of C, or more
-  int x_column = 0;
-  Partials partials;
-  const float* in_bias = nullptr;
+  int tile_groups = 0;
+  int tiles_of_group = 0;  // of heads
+  int number = 0;          // of the scan in its pass
+  Partials partials;       // of early columns
+  const float* in_bias = nullptr;      // of early columns
+  const float* tile_bias = nullptr;    // [tiles][tile_groups][x, z][kGroup]
   const float* conv_weight = nullptr;  // [taps + 1][channels]
   const float* conv_bias = nullptr;    // [channels]
   const float* a = nullptr;            // [heads]
@@ -62,8 +71,29 @@ struct ScanOp {
   char* sent = nullptr;
   int sent_bytes = 0;   // a multiple of 16
   void* act = nullptr;  // out_proj's input, before the norm's factor
-  // [kMaxRows][heads * slices * kSliceDims / kSquareDims]
+  // [kMaxRows][norm_groups][square_parts]: of the channels of a norm group in each tile that has
+  // some, 0 where it is fewer tiles.
   float* squares = nullptr;
+  int square_parts = 0;
+
+  CANOPY_HOST_DEVICE int HeadGroups() const { return padded_head / kGroup; }
+  CANOPY_HOST_DEVICE int Tiles() const { return groups * tiles_of_group; }
+  // The first group of channels of a tile.
+  CANOPY_HOST_DEVICE int FirstGroup(int tile) const {
+    const int of = tile / tiles_of_group;
+    return of * (heads / groups) * HeadGroups() + (tile - of * tiles_of_group) * tile_groups;
+  }
+  CANOPY_HOST_DEVICE int TileOf(int group) const {
+    const int each = heads / groups * HeadGroups(), of = group / each;
+    return of * tiles_of_group + (group - of * each) / tile_groups;
+  }
+  CANOPY_HOST_DEVICE int NormGroupOf(int group) const {
+    return group / HeadGroups() / (heads / norm_groups);
+  }
+  CANOPY_HOST_DEVICE int GroupsOf(int tile) const {
+    const int left = (heads / groups) * HeadGroups() - tile % tiles_of_group * tile_groups;
+    return left < tile_groups ? left : tile_groups;
+  }
 };
 
 template <typename T>
@@ -72,45 +102,61 @@ CANOPY_HOST_DEVICE constexpr int SentBytes(int groups, int padded_d_state, int h
 }
 
 inline constexpr int kMostSentColumns = 64;
-inline constexpr int kSliceDims = 64;
-inline constexpr int kSquareDims = 32;
-// Parts of the state whose terms are made by different warps.
-inline constexpr int kStateParts = kConsumerWarps / (kSliceDims / 16);
-// Floats between rows of weights and of state terms: vectors, and rows in different banks.
+// Floats between rows of weights, and more than a tile's channels between rows of theirs: vectors,
+// and rows in different banks.
 inline constexpr int kWeightStride = kRing + 4;
-inline constexpr int kTermStride = kSliceDims + 4;
+inline constexpr int kPadding = 4;
 
-// What a slice needs of the convolution before its inputs: weights, bias, inputs of the prefix.
-// Then the norm's weights, D and A, and zeros.
+// What a tile needs of the convolution before its inputs: weights, bias, inputs of the prefix. Then
+// the norm's weights, and zeros.
 inline constexpr int kConvRows = (kMaxTaps + 1) + 1 + kMaxTaps;
-inline constexpr int kStagedFloats = (kConvRows + 2) * kSliceDims + 4;
+inline constexpr int kStagedRows = kConvRows + 2;
+inline constexpr int kDecays = kRing + kMaxRows;
 
-// Shared memory of the operator, in bytes, for buckets of `rows` rows. pending_u takes the place of
-// c once that is used up, terms that of the convolution's inputs. From `decay` on stands what is
-// brought while the product before is still at work; `early` is of the warps that send meanwhile.
+// Shared memory of the operator, in bytes, for buckets of `rows` rows and tiles of `channels`.
+// First what x and z make, in the place of the product's activations and what was needed before;
+// from `terms` on what stays; from `decay` on what is brought while the operator before is at work.
 template <typename T>
 struct ScanLayout {
-  int dt, boundary, c, pending_u, weights, terms, raw, decay, conv, ring_u, early, end;
+  int stride;  // floats between rows of raw, gate, x and terms
+  int raw, gate, x, pending_u, squares;
+  int c, sent, terms, weights, dt, boundary, decay, conv, ring_u, end;
 
-  CANOPY_HOST_DEVICE ScanLayout(int rows, int padded_d_state) {
-    dt = 0;
-    boundary = dt + kMaxRows * 4;
-    weights = boundary + kMaxRows * 4;
-    terms = weights + rows * kWeightStride * 4;
-    raw = terms;
-    const int terms_bytes = kStateParts * (rows < 32 ? rows : 32) * kTermStride * 4;
-    const int raw_bytes = rows * kTermStride * 4;
-    c = terms + (terms_bytes > raw_bytes ? terms_bytes : raw_bytes);
-    pending_u = c;
-    const int c_bytes = rows * RowStride<T>(padded_d_state) * static_cast<int>(sizeof(T));
-    const int u_bytes = kMaxRows * kSliceDims * 4;
-    decay = c + (c_bytes > u_bytes ? c_bytes : u_bytes);
-    if (decay < kMatmulWorkBytes) decay = kMatmulWorkBytes;
-    conv = decay + (kRing + kMaxRows) * 4;
-    ring_u = conv + kStagedFloats * 4;
-    early = ring_u + kRing * kSliceDims * 4;
-    end = early + (SendsEarly(rows) ? rows * kMostSentColumns * 4 : 0);
+  CANOPY_HOST_DEVICE ScanLayout(int rows, int padded_d_state, int sent_columns, int channels) {
+    stride = channels + kPadding;
+    const int row_bytes = rows * stride * 4;
+    raw = 0;
+    gate = raw + row_bytes;
+    x = gate + row_bytes;
+    pending_u = x + row_bytes;
+    squares = pending_u + kMaxRows * channels * 4;
+    const int late_end = squares + rows * kMostGroups * 4;
+    c = kActRingBytes;
+    sent = c + rows * RowStride<T>(padded_d_state) * static_cast<int>(sizeof(T));
+    const int early_end = sent + PadTo(4, rows * sent_columns) * 4;
+    terms = early_end > late_end ? early_end : late_end;
+    weights = terms + row_bytes;
+    dt = weights + kMostTileHeads * rows * kWeightStride * 4;
+    boundary = dt + kMostTileHeads * rows * 4;
+    decay = boundary + kMostTileHeads * rows * 4;
+    conv = decay + kMostTileHeads * (kDecays + 2) * 4;  // D and A behind the decays
+    ring_u = conv + kStagedRows * channels * 4;
+    end = ring_u + kRing * channels * 4;
   }
+};
+
+// A block's tile. Made once, and read by all threads.
+struct ScanTile {
+  int first_group, groups;  // of channels
+  int state_group;          // of heads
+  int first_head, heads;
+  int first_head_groups;      // groups of the first head
+  int place[kMostGroups];     // of a group's channels in act
+  int16_t dims[kMostGroups];  // that are there of a group
+  int16_t zeros[kMostGroups];  // of act behind the group, the last one of its norm group
+
+  CANOPY_HOST_DEVICE int column() const { return first_group * kGroup; }
+  CANOPY_HOST_DEVICE int channels() const { return groups * kGroup; }
 };
 
 }  // namespace canopy::cuda
@@ -138,7 +184,7 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
   const bool is_dt = column >= 2 * states, in_conv = active && !is_dt;
   // Everything is asked for at once.
   const int splits = active ? Splits(op.partials, column) : 0;
-  Sum1 sum;
+  SumVector<1, kMostEarlySplits> sum;
   sum.Load(op.partials, first_row, column, active && first_row < rows);
   float weights[kMaxTaps + 1], first_inputs[kMaxTaps];
   const float* bias = is_dt ? op.dt_bias + (column - 2 * states) : op.conv_bias + channel;
@@ -217,14 +263,6 @@ __device__ __forceinline__ void SendStates(const ScanOp& op, const PassNodes& no
     SyncWarps<kBarrier, kThreads>();
   }
 }
-// Of the computing warps.
-template <typename T>
-__device__ __noinline__ void SendStatesAtLast(const ScanOp& op, const PassNodes& nodes,
-                                              const LayerStore<T>& store, const float* factors,
-                                              float* raw) {
-  SendStates<T, 1, kConsumers>(op, nodes, store, factors, threadIdx.x, raw);
-}
-
 template <int kCount>
 struct Vector {
   float v[kCount];
@@ -267,51 +305,61 @@ struct Vector {
   }
 };
 
-// A slice of a head, a block's task. All threads read it, so that not each has to work it out.
-struct ScanSlice {
-  int head, group, first_dim, dims;
-  int column;  // the first, of x or z or u
-  int place;   // of it in act
-  int zeros;   // of act behind the slice, which is the last one of its norm group
+// Item `item` of rows that have `each` items; both are small.
+__device__ inline int RowOfItem(int item, int each) {
+  return __float2int_rd(
+      __fdividef(static_cast<float>(item) + 0.5f, static_cast<float>(each)));
+}
 
-  __device__ ScanSlice(const ScanOp& op, int task) {
-    head = task / op.slices;
-    group = head / (op.heads / op.groups);
-    first_dim = (task - head * op.slices) * kSliceDims;
-    dims = min(kSliceDims, op.head_dim - first_dim);
-    column = head * op.padded_head + first_dim;
-    const int heads_per_norm = op.heads / op.norm_groups, norm_group = head / heads_per_norm;
-    place = norm_group * op.group_columns + (head - norm_group * heads_per_norm) * op.head_dim +
-            first_dim;
-    const bool last = place + dims == norm_group * op.group_columns + heads_per_norm * op.head_dim;
-    zeros = last ? op.group_columns - heads_per_norm * op.head_dim : 0;
+// One warp.
+__device__ inline void SetTile(const ScanOp& op, int task, ScanTile* tile) {
+  const int lane = threadIdx.x % 32, per_head = op.HeadGroups();
+  const int first = op.FirstGroup(task), groups = op.GroupsOf(task);
+  if (lane == 0) {
+    const int head = first / per_head;
+    tile->first_group = first;
+    tile->groups = groups;
+    tile->state_group = task / op.tiles_of_group;
+    tile->first_head = head;
+    tile->heads = (first + groups - 1) / per_head - head + 1;
+    tile->first_head_groups = min(groups, (head + 1) * per_head - first);
   }
-};
+  if (lane < groups) {
+    const int head = (first + lane) / per_head;
+    const int dim = (first + lane - head * per_head) * kGroup;
+    const int dims = min(kGroup, op.head_dim - dim);
+    const int heads_per_norm = op.heads / op.norm_groups, norm_group = head / heads_per_norm;
+    const int in_norm = (head - norm_group * heads_per_norm) * op.head_dim + dim;
+    const bool last = in_norm + dims == heads_per_norm * op.head_dim;
+    tile->place[lane] = norm_group * op.group_columns + in_norm;
+    tile->dims[lane] = static_cast<int16_t>(dims);
+    tile->zeros[lane] =
+        static_cast<int16_t>(last ? op.group_columns - heads_per_norm * op.head_dim : 0);
+  }
+  __syncwarp();
+}
 
-// What a slice of a head reads of weights and of earlier passes, by thread `thread` of `threads`.
+// What a tile reads of weights and of earlier passes, into shared memory. One warp.
 template <typename T>
-__device__ inline void StageSlice(const ScanOp& op, const PassNodes& nodes,
-                                  const LayerStore<T>& store, int task, const ScanLayout<T>& layout,
-                                  char* work, int thread, int threads) {
-  const int head = task / op.slices, first_dim = (task - head * op.slices) * kSliceDims;
-  const int padded_dims = PadTo(4, min(kSliceDims, op.head_dim - first_dim));
-  const int first_column = head * op.padded_head + first_dim, width = op.heads * op.padded_head;
+__device__ inline void StageTile(const ScanOp& op, const PassNodes& nodes,
+                                 const LayerStore<T>& store, const ScanTile& tile,
+                                 const ScanLayout<T>& layout, char* work) {
+  const int lane = threadIdx.x % 32;
+  const int channels = op.tile_groups * kGroup, width = op.heads * op.padded_head;
+  const int column = tile.column(), vectors = tile.channels() / 4;
   float* decay = reinterpret_cast<float*>(work + layout.decay);
   float* conv = reinterpret_cast<float*>(work + layout.conv);
   float* ring_u = reinterpret_cast<float*>(work + layout.ring_u);
-  constexpr int kVectors = kSliceDims / 4;
 #pragma unroll 4
-  for (int i = thread; i < kRing * kVectors; i += threads) {
-    const int r = i / kVectors, p = i % kVectors * 4;
-    if (p < padded_dims) {
-      CopyAsync16(ring_u + r * kSliceDims + p, store.u + (r * width + first_column + p));
-    }
+  for (int i = lane; i < (nodes.prefix - nodes.first_checkpoint) * vectors; i += 32) {
+    const int row = RowOfItem(i, vectors), p = (i - row * vectors) * 4;
+    const int place = (nodes.first_checkpoint + row) % kRing;
+    CopyAsync16(ring_u + place * channels + p, store.u + (place * width + column + p));
   }
-  // Rows of 64 floats: weights of inputs 0, 1, ... positions back, bias, stored inputs, weights of
-  // the norm, zeros.
+  // Weights of inputs 0, 1, ... positions back, bias, stored inputs, weights of the norm, zeros.
 #pragma unroll 4
-  for (int i = thread; i < (kConvRows + 2) * kVectors; i += threads) {
-    const int r = i / kVectors, p = i % kVectors * 4;
+  for (int i = lane; i < kStagedRows * vectors; i += 32) {
+    const int r = RowOfItem(i, vectors), p = (i - r * vectors) * 4;
     const float* from = op.conv_weight + (op.taps - r) * op.channels;
     bool there = r <= op.taps;
     if (r == kMaxTaps + 1) from = op.conv_bias, there = true;
@@ -321,294 +369,225 @@ __device__ inline void StageSlice(const ScanOp& op, const PassNodes& nodes,
     }
     if (r == kConvRows) from = op.norm_weight, there = true;
     if (r == kConvRows + 1) there = false;
-    const float4 v = LoadNew4(from + first_column + p, there && p < padded_dims);
-    *reinterpret_cast<float4*>(conv + r * kSliceDims + p) = v;
+    *reinterpret_cast<float4*>(conv + r * channels + p) = LoadNew4(from + column + p, there);
   }
-  if (thread < 2) {
-    conv[(kConvRows + 2) * kSliceDims + thread] = LoadWeight((thread == 0 ? op.d : op.a) + head);
-  }
+#pragma unroll 1
+  for (int h = 0; h < tile.heads; ++h) {
+    const int head = tile.first_head + h;
+    if (lane < 2) {
+      decay[kMostTileHeads * kDecays + h * 2 + lane] =
+          LoadWeight((lane == 0 ? op.d : op.a) + head);
+    }
 #pragma unroll 4
-  for (int i = thread; i < kRing + nodes.first_pending; i += threads) {
-    decay[i] = LoadNew(store.l + (i * op.heads + head));
+    for (int i = lane; i < kRing + nodes.first_pending; i += 32) {
+      decay[h * kDecays + i] = LoadNew(store.l + (i * op.heads + head));
+    }
   }
   CopiesWait();
 }
 
-// The operator.
-template <typename T, int kRowTiles>
-__device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
-                                     const LayerStore<T>& store, const float* factors, char* work,
-                                     ScanSlice* shared_slice) {
+// Two rows of a first operand's halves of S in a block of 32 states, by step and half.
+struct StateBlock {
+  float4 v[2][2];
+};
+
+// What a tile's scan needs neither x nor z for. By the last kEarly computing threads; ready()
+// returns when factors of the rows are there.
+template <typename T, int kRowTiles, typename Ready>
+__device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nodes,
+                                          const LayerStore<T>& store, const float* factors,
+                                          char* work, const ScanTile& tile, const Ready& ready) {
   constexpr int kRows = 8 * kRowTiles;
-  constexpr int kVec = kRows < 32 ? kRows / 8 : 4;    // dimensions of a thread
-  constexpr int kRowThreads = kSliceDims / kVec;      // threads of a row
-  constexpr int kOwn = kRows <= 32 ? 1 : kRows / 32;  // rows of a thread
+  constexpr int kRowBlocks = (kRows + 15) / 16;
   constexpr int kTermTiles = kRowTiles < 4 ? kRowTiles : 4;
-  constexpr int kTermRows = 8 * kTermTiles;
-  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, quad = lane % 4, octet = lane / 4;
-  const ScanLayout<T> layout(kRows, op.padded_d_state);
-  float* dts = reinterpret_cast<float*>(work + layout.dt);
-  float* conv = reinterpret_cast<float*>(work + layout.conv);
-  float* raw = reinterpret_cast<float*>(work + layout.raw);
-  T* c = reinterpret_cast<T*>(work + layout.c);
-  float* pending_u = reinterpret_cast<float*>(work + layout.pending_u);
-  float* ring_u = reinterpret_cast<float*>(work + layout.ring_u);
-  float* weights = reinterpret_cast<float*>(work + layout.weights);
-  float* terms = reinterpret_cast<float*>(work + layout.terms);
-  float* decay = reinterpret_cast<float*>(work + layout.decay);
-  float* boundary = reinterpret_cast<float*>(work + layout.boundary);
+  constexpr int kBarrier = 3;
+  const int tid = threadIdx.x - (kConsumers - kEarly), warp = tid / 32;
+  const int lane = tid % 32, quad = lane % 4, octet = lane / 4;
   const int ds = op.padded_d_state, c_stride = RowStride<T>(ds);
+  const int channels = op.tile_groups * kGroup;
+  const ScanLayout<T> layout(kRows, ds, op.sent_columns, channels);
   const int rows = nodes.rows, prefix = nodes.prefix;
   const int new_rows = kRing + nodes.first_pending;  // stored rows before those of this pass
   const int end_rows = new_rows + rows;
-  const int width = op.heads * op.padded_head;
   const int b_width = op.groups * ds;
-  if constexpr (!SendsEarly(kRows)) SendStatesAtLast<T>(op, nodes, store, factors, raw);
-#pragma unroll 1
-  for (int task = blockIdx.x; task < op.heads * op.slices; task += gridDim.x) {
-    // The first slice and what it reads were brought already.
-    if (task != static_cast<int>(blockIdx.x)) {
-      if (tid == 0) *shared_slice = ScanSlice(op, task);
-      StageSlice<T>(op, nodes, store, task, layout, work, tid, kConsumers);
-      SyncThreads<kConsumers>();
-    }
-    const ScanSlice& slice = *shared_slice;
-    const int head = slice.head, dims = slice.dims;
-    // A thread's rows and dimensions, of which it has z and x.
-    // The first rows' are the last warps', since the first ones have more to do with stored rows.
-    const int own = tid ^ (kConsumers - 1);
-    const int dim = own % kRowThreads * kVec;
-    const int column = slice.column + dim;
-    const int x_column = op.x_column + column, z_column = x_column + width;
-    const bool has_dim = dim < PadTo(4, dims);
-    const int z_splits = has_dim ? Splits(op.partials, z_column) : 0;
-    const int x_splits = has_dim ? Splits(op.partials, x_column) : 0;
-    int row_of[kOwn];
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-      const int row = own / kRowThreads + k * 32;
-      row_of[k] = row < rows && has_dim ? row : -1;
-    }
-    SumVector<kVec> sum_x, sum_z;
-    const auto load_sums = [&](int k) {
-      sum_x.Load(op.partials, row_of[k], x_column, row_of[k] >= 0);
-      sum_z.Load(op.partials, row_of[k], z_column, row_of[k] >= 0);
-    };
-    // Of few rows whole warps have nothing, and do not look for it.
-    constexpr bool kFew = kRows <= 8;
-    if (!kFew || (own & ~31) / kRowThreads < rows) load_sums(0);
-    Vector<kVec> gate[kOwn];
-    // S: 16 dimensions a warp, and a part of the states.
-    const int p_tile = warp % (kSliceDims / 16), part = warp / (kSliceDims / 16);
-    const bool has_tile = p_tile * 16 < dims;
-    const int tile_floats =
-        (head * PadTo16(op.head_dim) + slice.first_dim + p_tile * 16) * ds + lane * 4;
-    float4 s[2][2];
-    const auto load_state = [&](int position, int block) {
-      const float* at = store.checkpoints[position / kSegment % 2] + (tile_floats + block * 512);
-      const bool there = position > 0 && has_tile && block * 32 < ds;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[i / 2][i % 2] = LoadWeight4(at + i * 128, there);
-    };
-    if (kOwn == 1) {  // else they would not fit the registers
-      load_state(nodes.first_checkpoint, part);
-    }
+  ready();
+  SendStates<T, kBarrier, kEarly>(op, nodes, store, factors, tid,
+                                  reinterpret_cast<float*>(work + layout.sent));
+  if (static_cast<int>(blockIdx.x) >= op.Tiles()) return;
+  T* c = reinterpret_cast<T*>(work + layout.c);
+  float* terms = reinterpret_cast<float*>(work + layout.terms);
+  float* weights = reinterpret_cast<float*>(work + layout.weights);
+  float* dts = reinterpret_cast<float*>(work + layout.dt);
+  float* boundary = reinterpret_cast<float*>(work + layout.boundary);
+  float* decay = reinterpret_cast<float*>(work + layout.decay);
+  const float* ring_u = reinterpret_cast<const float*>(work + layout.ring_u);
+  const float* d_and_a = decay + kMostTileHeads * kDecays;
 
-    // dt, B, eight stored rows a warp, and C; of the new nodes as other blocks send them.
-    const int stored = warp * 8 + octet;
-    const bool receives = stored >= new_rows, has_stored = stored < end_rows;
-    const int state_column = slice.group * ds;
-    const T* b_stored = store.b + stored * b_width;
-    const T* b_sent = reinterpret_cast<const T*>(op.sent + (stored - new_rows) * op.sent_bytes);
-    const T* b_from = (receives ? b_sent : b_stored) + (state_column + quad * 8);
-    // A thread has vectors of C that are kConsumers >> shift rows apart, and dt of a row.
-    constexpr int kPer16 = 16 / sizeof(T);
-    const int shift = op.vector_shift, c_thread = tid ^ 256, dt_row = tid ^ 384;
-    const int vector = c_thread & ((1 << shift) - 1);
-    const bool has_vector = vector * kPer16 < ds;
-    const char* c_sent =
-        op.sent + (b_width + state_column + vector * kPer16) * static_cast<int>(sizeof(T));
-    const char* dt_sent =
-        op.sent + 2 * b_width * static_cast<int>(sizeof(T)) + head * 4 + dt_row * op.sent_bytes;
-    RowVector<T> b[kBlocksAhead];
+  // S: a warp has two groups of channels, and of more than 32 rows a half.
+  const int pair = warp % (kMostGroups / 2), half_rows = warp / (kMostGroups / 2);
+  const bool has_pair = pair * 2 < tile.groups && (half_rows == 0 || kRowTiles > 4);
+  const auto load_state = [&](int position, int block, StateBlock& s) {
+    const float* at = store.checkpoints[position / kSegment % 2] +
+                      ((tile.first_group + pair * 2) * kGroup * ds + block * 256 + lane * 4);
+    const bool there = position > 0 && has_pair && block * 32 < ds;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int half = i % 2, step = i / 2;
+      s.v[step][half] = LoadWeight4(at + (half * kGroup * ds + step * 128),
+                                    there && pair * 2 + half < tile.groups);
+    }
+  };
+  StateBlock ahead[2];
+  load_state(nodes.first_checkpoint, 0, ahead[0]);
+
+  // B: eight stored rows of the prefix a warp, and eight pending ones; those of the new nodes, C and
+  // dt as other blocks send them.
+  const int state_column = tile.state_group * ds;
+  const int pending = kRing + warp * 8 + octet;
+  const bool receives = pending >= new_rows, has_pending = pending < end_rows;
+  const T* ring_from = store.b + ((warp * 8 + octet) * b_width + state_column + quad * 8);
+  const T* b_sent = reinterpret_cast<const T*>(op.sent + (pending - new_rows) * op.sent_bytes);
+  const T* pending_from =
+      (receives ? b_sent : store.b + pending * b_width) + (state_column + quad * 8);
+  constexpr int kPer16 = 16 / sizeof(T);
+  const int shift = op.vector_shift;
+  const int vector = tid & ((1 << shift) - 1);
+  const bool has_vector = vector * kPer16 < ds;
+  const char* c_sent =
+      op.sent + (b_width + state_column + vector * kPer16) * static_cast<int>(sizeof(T));
+  const int dt_item = tid ^ (kEarly / 2), dt_row = dt_item / kMostTileHeads;
+  const int dt_head = dt_item % kMostTileHeads;
+  const bool has_dt = dt_row < rows && dt_head < tile.heads;
+  const float* dt_sent = reinterpret_cast<const float*>(
+      op.sent + 2 * b_width * static_cast<int>(sizeof(T)) + (tile.first_head + dt_head) * 4 +
+      dt_row * op.sent_bytes);
+  RowVector<T> b[kBlocksAhead];
+  {
     uint4 c_here = {0, 0, 0, 0};
     float dt_here = 0.0f;
     const auto load_c = [&](int r) {
       c_here = LoadSentBits(c_sent + r * op.sent_bytes, r < rows && has_vector);
     };
     const auto load_sent = [&] {
-      if (!kFew || (dt_row & ~31) < rows) {
-        dt_here = LoadSent(reinterpret_cast<const float*>(dt_sent), dt_row < rows);
-      }
-      if (!kFew || (c_thread & ~31) >> shift < rows) load_c(c_thread >> shift);
-      if (kFew && warp * 8 >= end_rows) return;
+      dt_here = LoadSent(dt_sent, has_dt);
+      load_c(tid >> shift);
 #pragma unroll
       for (int k = 0; k < kBlocksAhead; ++k) {
-        b[k].LoadSent(b_from + k * 32, has_stored && k * 32 < ds);
+        b[k].LoadSent(pending_from + k * 32, has_pending && k * 32 < ds);
       }
     };
     const auto unsent = [&] {
       bool is = IsUnsent<T>(c_here) || IsUnsent(dt_here);
-      if (kFew && !receives) return is;
 #pragma unroll
       for (int k = 0; k < kBlocksAhead; ++k) is |= receives && b[k].Unsent();
       return is;
     };
-    const auto receive = [&] {
-      if (kOwn > 1) load_sent();
-      while (unsent()) load_sent();
-      if (dt_row < rows) dts[dt_row] = dt_here;
-#pragma unroll 1
-      for (int r = c_thread >> shift; r < rows; r += kConsumers >> shift) {
-        if (r != c_thread >> shift) load_c(r);
-        while (IsUnsent<T>(c_here)) load_c(r);
-        if (has_vector) *reinterpret_cast<uint4*>(c + r * c_stride + vector * kPer16) = c_here;
-      }
-    };
-    if constexpr (SendsEarly(kRows)) {
+    do {
       load_sent();
-      receive();
+    } while (unsent());
+    if (has_dt) dts[dt_head * kRows + dt_row] = dt_here;
+#pragma unroll 1
+    for (int r = tid >> shift; r < rows; r += kEarly >> shift) {
+      if (r != tid >> shift) load_c(r);
+      while (IsUnsent<T>(c_here)) load_c(r);
+      if (has_vector) *reinterpret_cast<uint4*>(c + r * c_stride + vector * kPer16) = c_here;
     }
+  }
+  SyncWarps<kBarrier, kEarly>();
 
-    // in_proj's sums: z and x of the thread's rows.
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-      if (k > 0) load_sums(k);
-      if (row_of[k] < 0) continue;
-      while (sum_x.Unsent(x_splits) || sum_z.Unsent(z_splits)) load_sums(k);
-      const int row = row_of[k];
-      const float factor = factors[row];
-      Vector<kVec> value;
-      sum_x.Finish(op.partials, row, x_column, x_splits, value.v);
-      sum_z.Finish(op.partials, row, z_column, z_splits, gate[k].v);
-      const bool with_bias = op.in_bias != nullptr;
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) {
-        value.v[v] = fmaf(factor, value.v[v], LoadWeight(op.in_bias + x_column + v, with_bias));
-        gate[k].v[v] =
-            Silu(fmaf(factor, gate[k].v[v], LoadWeight(op.in_bias + z_column + v, with_bias)));
-      }
-      value.Store(raw + row * kTermStride + dim);
-      value.Store(store.conv + ((op.taps + nodes.first_pending + row) * op.channels + column));
-    }
-    if (kOwn > 1) load_state(nodes.first_checkpoint, part);
-    if constexpr (SendsEarly(kRows)) CopiesWait();
-    SyncThreads<kConsumers>();
-    if (!SendsEarly(kRows) && kOwn == 1) load_sent();  // else it would not fit the registers
-
-    // Convolution along ancestors.
-    Vector<kVec> x[kOwn];
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-      const int row = row_of[k];
-      if (row < 0) continue;
-      Vector<kVec> sum = Vector<kVec>::Load(conv + (kMaxTaps + 1) * kSliceDims + dim);
-      Vector<kVec> inputs[kMaxTaps + 1];
-#pragma unroll
-      for (int m = 0; m <= kMaxTaps; ++m) {
-        const int tap = m == 0 ? row : nodes.taps[row][m - 1], earlier = -2 - tap;
-        // Rows of the prefix, or zeros.
-        const float* from =
-            conv + (earlier < 0 ? kConvRows + 1 : kMaxTaps + 2 + earlier) * kSliceDims;
-        if (tap >= 0) from = raw + tap * kTermStride;
-        if (earlier >= op.taps) {
-          inputs[m] = Vector<kVec>::LoadNew(store.conv + (earlier * op.channels + column));
-        } else {
-          inputs[m] = Vector<kVec>::Load(from + dim);
-        }
-      }
-#pragma unroll
-      for (int m = kMaxTaps; m >= 0; --m) {
-        if (m > op.taps) continue;
-        const Vector<kVec> weight = Vector<kVec>::Load(conv + m * kSliceDims + dim);
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) sum.v[v] = fmaf(weight.v[v], inputs[m].v[v], sum.v[v]);
-      }
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) x[k].v[v] = Silu(sum.v[v]);
-    }
-    if constexpr (!SendsEarly(kRows)) {
-      receive();
-      CopiesWait();
-      SyncThreads<kConsumers>();
-    }
-    const float* norm_weights = conv + kConvRows * kSliceDims;
-    const float* d_and_a = conv + (kConvRows + 2) * kSliceDims;
-    // Log decays along the path, each from the start of its aligned segment, and the one at the end
-    // of the segment before the node's: a row a thread, few of each warp.
-    {
-      const int row = ((kConsumerWarps - 3 - warp) & (kConsumerWarps - 1)) + lane * kConsumerWarps;
-      if (row < rows) {
-        const int t = nodes.position[row], start = nodes.checkpoint[row];
-        const int segment = t / kSegment * kSegment;
-        const float a = d_and_a[1];
-        const int from = max(start, prefix);
-        float l = start < prefix ? decay[(prefix - 1) % kRing] : 0.0f;
-        float at_boundary =
-            segment > start && segment < prefix ? decay[(segment - 1) % kRing] : 0.0f;
-        const uint8_t* path = nodes.path[row] - prefix;
+  // Log decays along the path, each from the start of its aligned segment, and the one at the end
+  // of the segment before the node's: a row and head a thread, few of each warp.
+  {
+    const int item = kEarlyWarps - 1 - warp + lane * kEarlyWarps;
+    const int row = item / kMostTileHeads, h = item % kMostTileHeads;
+    if (row < rows && h < tile.heads) {
+      float* decays = decay + h * kDecays;
+      const int t = nodes.position[row], start = nodes.checkpoint[row];
+      const int segment = t / kSegment * kSegment;
+      const float a = d_and_a[h * 2 + 1];
+      const int from = max(start, prefix);
+      float l = start < prefix ? decays[(prefix - 1) % kRing] : 0.0f;
+      float at_boundary =
+          segment > start && segment < prefix ? decays[(segment - 1) % kRing] : 0.0f;
+      const uint8_t* path = nodes.path[row] - prefix;
 #pragma unroll 4
-        for (int position = from; position <= t; ++position) {
-          // Of the earlier pending nodes the stored value is the sum so far.
-          const int node = path[position] - nodes.first_pending;
-          const float stored_l = decay[node < 0 ? new_rows + node : 0];
-          if (position == segment && segment > start) at_boundary = l;
-          const float next = fmaf(dts[max(node, 0)], a, position % kSegment == 0 ? 0.0f : l);
-          l = node < 0 ? stored_l : next;
-        }
-        decay[new_rows + row] = l;
-        boundary[row] = at_boundary;
-        if (slice.first_dim == 0) store.l[(new_rows + row) * op.heads + head] = l;
+      for (int position = from; position <= t; ++position) {
+        // Of the earlier pending nodes the stored value is the sum so far.
+        const int node = path[position] - nodes.first_pending;
+        const float stored_l = decays[node < 0 ? new_rows + node : 0];
+        if (position == segment && segment > start) at_boundary = l;
+        const float next =
+            fmaf(dts[h * kRows + max(node, 0)], a, position % kSegment == 0 ? 0.0f : l);
+        l = node < 0 ? stored_l : next;
+      }
+      decays[new_rows + row] = l;
+      boundary[h * kRows + row] = at_boundary;
+      // The block with a head's first channels stores it.
+      if (h > 0 || tile.first_group % op.HeadGroups() == 0) {
+        store.l[(new_rows + row) * op.heads + tile.first_head + h] = l;
       }
     }
-    // Scores C_i . B_j.
-    constexpr int kRowBlocks = (kRows + 15) / 16;
-    float scores[kRowBlocks][4] = {};
-    if (warp * 8 < end_rows) {
+  }
+
+  // Scores C_i . B_j of the pending rows, then of the prefix's.
+  const auto add_scores = [&](float(&scores)[kRowBlocks][4], const T* from, bool there,
+                              bool new_ones) {
 #pragma unroll 1
-      for (int first = 0; first < ds; first += 32 * kBlocksAhead) {
+    for (int first = 0; first < ds; first += 32 * kBlocksAhead) {
 #pragma unroll
-        for (int i = 0; i < kBlocksAhead; ++i) {
-          const int n = first + i * 32;
-          if (n >= ds) break;
-          if (first > 0) {
-            do {
-              b[i].LoadSent(b_from + n, has_stored);
-            } while (receives && b[i].Unsent());
-          }
-          FragmentB<T> second[2];
-          SetSecond(second, b[i]);
+      for (int i = 0; i < kBlocksAhead; ++i) {
+        const int n = first + i * 32;
+        if (n >= ds) break;
+        if (first > 0) {
+          do {
+            b[i].LoadSent(from + n, there);
+          } while (new_ones && b[i].Unsent());
+        }
+        FragmentB<T> second[2];
+        SetSecond(second, b[i]);
 #pragma unroll
-          for (int m = 0; m < kRowBlocks; ++m) {
-            AddRowProducts<kRows == 8>(scores[m], second,
-                                       c + (m * 16 + octet) * c_stride + n + quad * 8,
-                                       c + (m * 16 + 8 + octet) * c_stride + n + quad * 8);
-          }
+        for (int m = 0; m < kRowBlocks; ++m) {
+          AddRowProducts<kRows == 8>(scores[m], second,
+                                     c + (m * 16 + octet) * c_stride + n + quad * 8,
+                                     c + (m * 16 + 8 + octet) * c_stride + n + quad * 8);
         }
       }
     }
-    // The state term S C_i with the checkpoint that node i reads, 32 rows at a time; each part of
-    // the state apart, added in order. The first checkpoint's terms of the first rows are made with
-    // the scores.
-    const bool one_checkpoint = nodes.first_checkpoint == nodes.last_checkpoint;
-    const auto make_terms = [&](int k, int position, bool held, float(&term)[kTermTiles][4]) {
+  };
+  float pending_scores[kRowBlocks][4] = {}, ring_scores[kRowBlocks][4] = {};
+  if (kRing + warp * 8 < end_rows) {
+    add_scores(pending_scores, pending_from, has_pending, receives);
+  }
+  if (prefix > 0) {
 #pragma unroll
-      for (int i = 0; i < kTermTiles * 4; ++i) term[i / 4][i % 4] = 0.0f;
+    for (int k = 0; k < kBlocksAhead; ++k) b[k].LoadGlobal(ring_from + k * 32, k * 32 < ds);
+    add_scores(ring_scores, ring_from, true, false);
+  }
+
+  // The state term S C_i with the checkpoint that node i reads.
+  const bool one_checkpoint = nodes.first_checkpoint == nodes.last_checkpoint;
+  if (has_pair) {
 #pragma unroll 1
-      for (int block = part; block * 32 < ds; block += kStateParts) {
-        if (!held || block > part) load_state(position, block);
+    for (int position = nodes.first_checkpoint; position <= nodes.last_checkpoint;
+         position += kSegment) {
+      float term[kTermTiles][4] = {};
+      if (position != nodes.first_checkpoint) load_state(position, 0, ahead[0]);
+#pragma unroll 1
+      for (int block = 0; block * 32 < ds; ++block) {
+        load_state(position, block + 1, ahead[1]);
+        const StateBlock& s = ahead[0];
         RowVector<T> from[kTermTiles];
 #pragma unroll
         for (int i = 0; i < kTermTiles; ++i) {
-          from[i].Load(c + (k * 32 + i * 8 + octet) * c_stride + block * 32 + quad * 8);
+          from[i].Load(c + (half_rows * 32 + i * 8 + octet) * c_stride + block * 32 + quad * 8);
         }
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
           FragmentA<float> fa;
-          SetPair(fa, 0, s[step][0].x, s[step][0].y);
-          SetPair(fa, 1, s[step][1].x, s[step][1].y);
-          SetPair(fa, 2, s[step][0].z, s[step][0].w);
-          SetPair(fa, 3, s[step][1].z, s[step][1].w);
+          SetPair(fa, 0, s.v[step][0].x, s.v[step][0].y);
+          SetPair(fa, 1, s.v[step][1].x, s.v[step][1].y);
+          SetPair(fa, 2, s.v[step][0].z, s.v[step][0].w);
+          SetPair(fa, 3, s.v[step][1].z, s.v[step][1].w);
 #pragma unroll
           for (int i = 0; i < kTermTiles; ++i) {
             FragmentB<T> fb;
@@ -617,165 +596,124 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
             Multiply(term[i], fa, fb);
           }
         }
+        ahead[0] = ahead[1];
       }
-    };
-    const auto keep_terms = [&](int k, int position, const float(&term)[kTermTiles][4]) {
-      float* to = terms + (part * kTermRows + quad * 2) * kTermStride + p_tile * 16 + octet;
+      float* to = terms + pair * 16 + octet;
 #pragma unroll
       for (int i = 0; i < kTermTiles; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int row = k * 32 + i * 8 + quad * 2 + e % 2;
-          if (one_checkpoint || (row < rows && nodes.checkpoint[row] == position)) {
-            to[(i * 8 + e % 2) * kTermStride + e / 2 * 8] = term[i][e];
+          const int row = half_rows * 32 + i * 8 + quad * 2 + e % 2;
+          const bool wanted =
+              one_checkpoint || (row < rows && nodes.checkpoint[row] == position);
+          if (wanted && pair * 2 + e / 2 < tile.groups) {
+            to[row * layout.stride + e / 2 * kGroup] = term[i][e];
           }
         }
       }
-    };
-    float term[kTermTiles][4];
-    make_terms(0, nodes.first_checkpoint, true, term);
-    SyncThreads<kConsumers>();
+    }
+  }
+  SyncWarps<kBarrier, kEarly>();
 
-    // weights[i][position of j - checkpoint of i] = exp(difference of log decays) * score. Across
-    // the segment boundary the first segment's rest and the node's own part are added.
-    {
-      int positions[2];  // of the lane's two stored rows, -1: none
-      float decays[2];
+  // weights[i][position of j - checkpoint of i] = exp(difference of log decays) * score. Across
+  // the segment boundary the first segment's rest and the node's own part are added.
+  const auto weigh = [&](const float(&scores)[kRowBlocks][4], int first_stored) {
+    int positions[2];  // of the lane's two stored rows, -1: none
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int j = warp * 8 + quad * 2 + half;
-        int position = -1;
-        if (j < kRing) {
-          // The latest position of the prefix that has this place in the ring.
-          position = (prefix - 1) / kRing * kRing + j;
-          if (position >= prefix) position -= kRing;
-          if (prefix == 0) position = -1;
-        } else if (j < end_rows) {
-          position = prefix + nodes.depth[j - kRing];
-        }
-        positions[half] = position;
-        decays[half] = decay[j];
+    for (int half = 0; half < 2; ++half) {
+      const int j = first_stored + quad * 2 + half;
+      int position = -1;
+      if (j < kRing) {
+        // The latest position of the prefix that has this place in the ring.
+        position = (prefix - 1) / kRing * kRing + j;
+        if (position >= prefix) position -= kRing;
+        if (prefix == 0) position = -1;
+      } else if (j < end_rows) {
+        position = prefix + nodes.depth[j - kRing];
       }
+      positions[half] = position;
+    }
+#pragma unroll 1
+    for (int h = 0; h < tile.heads; ++h) {
+      const float* decays = decay + h * kDecays;
 #pragma unroll
-      for (int i = 0; i < (kRows + 7) / 8; ++i) {
+      for (int i = 0; i < kRowTiles; ++i) {
         const int row = i * 8 + octet;
-        if (row >= rows || warp * 8 >= end_rows) continue;
+        if (row >= rows) continue;
         const int start = nodes.checkpoint[row];
         const int segment = nodes.position[row] / kSegment * kSegment;
-        const float node_decay = decay[new_rows + row];
-        const float at_boundary = boundary[row];
+        const float node_decay = decays[new_rows + row];
+        const float at_boundary = boundary[h * kRows + row];
         const uint64_t mask = nodes.path_mask[row];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int position = positions[half];
-          const int pending = warp * 8 + quad * 2 + half - kRing;
-          const bool on_path = pending < 0 || (mask >> (pending & 63) & 1) != 0;
-          const float exponent = position < segment ? (at_boundary - decays[half]) + node_decay
-                                                    : node_decay - decays[half];
-          if (position >= start && on_path) {
-            weights[row * kWeightStride + position - start] =
-                scores[i / 2][i % 2 * 2 + half] * expf(exponent);
-          }
+          const int j = first_stored + quad * 2 + half;
+          const bool on_path = j < kRing || (mask >> ((j - kRing) & 63) & 1) != 0;
+          if (position < start || !on_path) continue;
+          const float exponent = position < segment ? (at_boundary - decays[j]) + node_decay
+                                                    : node_decay - decays[j];
+          weights[(h * kRows + row) * kWeightStride + position - start] =
+              scores[i / 2][i % 2 * 2 + half] * expf(exponent);
         }
       }
     }
-    float y[kOwn][kVec];
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-      if (k > 0) {
-        make_terms(k, nodes.first_checkpoint, one_checkpoint && ds <= 32 * kStateParts, term);
-        SyncThreads<kConsumers>();  // the last rows' terms are read
-      }
-      keep_terms(k, nodes.first_checkpoint, term);
-#pragma unroll 1
-      for (int position = nodes.first_checkpoint + kSegment; position <= nodes.last_checkpoint;
-           position += kSegment) {
-        make_terms(k, position, false, term);
-        keep_terms(k, position, term);
-      }
-      if (k + 1 == kOwn) {
-        // C is used up.
-        if (kOwn > 1 || !one_checkpoint) {
-          SyncThreads<kConsumers>();
-        }
-        // u of the new rows, also into the store, and of earlier pending ones.
-#pragma unroll
-        for (int n = 0; n < kOwn; ++n) {
-          if (row_of[n] < 0) continue;
-          Vector<kVec> u;
-#pragma unroll
-          for (int v = 0; v < kVec; ++v) {
-            u.v[v] = dts[row_of[n]] * (dim + v < dims ? x[n].v[v] : 0.0f);
-          }
-          u.Store(pending_u + (nodes.first_pending + row_of[n]) * kSliceDims + dim);
-          u.Store(store.u + (new_rows + row_of[n]) * width + column);
-        }
-#pragma unroll 1
-        for (int i = tid; i < nodes.first_pending * kSliceDims; i += kConsumers) {
-          const int p = i % kSliceDims;
-          if (p < dims) {
-            pending_u[i] = store.u[(kRing + i / kSliceDims) * width + slice.column + p];
-          }
-        }
-      }
-      SyncThreads<kConsumers>();
-      const int row = row_of[k];
-      if (row < 0) continue;
-      const float* from = terms + own / kRowThreads * kTermStride + dim;
-      Vector<kVec> sum = Vector<kVec>::Load(from);
-#pragma unroll
-      for (int i = 1; i < kStateParts; ++i) {
-        const Vector<kVec> next = Vector<kVec>::Load(from + i * kTermRows * kTermStride);
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) sum.v[v] += next.v[v];
-      }
-      const int segment = nodes.position[row] / kSegment * kSegment;
-      float exponent = decay[new_rows + row];
-      if (segment > nodes.checkpoint[row]) exponent += boundary[row];
-      const float state_decay = expf(exponent);
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) y[k][v] = sum.v[v] * state_decay;
-    }
+  };
+  weigh(ring_scores, warp * 8);
+  if (kRing + warp * 8 < end_rows) weigh(pending_scores, kRing + warp * 8);
+  SyncWarps<kBarrier, kEarly>();
 
-    // The path sum: first the prefix's positions, which nodes share, four at a time.
+  // The state term's decay, and the path sum over the prefix, whose rows nodes share: of more than
+  // 32 rows a thread has two.
+  constexpr int kVec = kRows <= 8 ? 2 : 4, kOwn = kRows > 32 ? 2 : 1;
+  const int each = channels / kVec, whole = prefix / 4 * 4;
+#pragma unroll 1
+  for (int item = tid; item < min(rows, 32) * each; item += kEarly) {
+    const int first_row = RowOfItem(item, each), dim = (item - first_row * each) * kVec;
+    if (dim >= tile.channels()) continue;
+    const int h = dim / kGroup >= tile.first_head_groups ? 1 : 0;
+    const float* decays = decay + h * kDecays;
     int starts[kOwn];
     const float* row_weights[kOwn];  // by position
+    Vector<kVec> y[kOwn];
+    int shared_from = 0;
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      const int row = max(row_of[k], 0);
-      starts[k] = row_of[k] < 0 ? INT32_MAX : nodes.checkpoint[row];
-      row_weights[k] = weights + row * kWeightStride - nodes.checkpoint[row];
+      const int row = first_row + k * 32 < rows ? first_row + k * 32 : first_row;
+      const int start = nodes.checkpoint[row];
+      starts[k] = start;
+      shared_from = max(shared_from, start);
+      row_weights[k] = weights + (h * kRows + row) * kWeightStride - start;
+      const int segment = nodes.position[row] / kSegment * kSegment;
+      float exponent = decays[new_rows + row];
+      if (segment > start) exponent += boundary[h * kRows + row];
+      const float state_decay = expf(exponent);
+      y[k] = Vector<kVec>::Load(terms + row * layout.stride + dim);
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) y[k].v[v] *= state_decay;
     }
-    const int whole = prefix / 4 * 4;
-    int shared_from = row_of[0] < 0 ? whole : starts[0];
     const auto add_four = [&](int k, int position, const Vector<kVec>(&u)[4]) {
       const Vector<4> w = Vector<4>::Load(row_weights[k] + position);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) y[k][v] = fmaf(w.v[i], u[i].v[v], y[k][v]);
+        for (int v = 0; v < kVec; ++v) y[k].v[v] = fmaf(w.v[i], u[i].v[v], y[k].v[v]);
       }
     };
     const auto load_four = [&](int position, Vector<kVec>(&u)[4]) {
-      const float* from = ring_u + position % kRing * kSliceDims + dim;
+      const float* from = ring_u + position % kRing * channels + dim;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) u[i] = Vector<kVec>::Load(from + i * kSliceDims);
+      for (int i = 0; i < 4; ++i) u[i] = Vector<kVec>::Load(from + i * channels);
     };
     if constexpr (kOwn > 1) {
       // Positions that only some of the thread's rows begin with.
-      if (row_of[0] >= 0) {
 #pragma unroll
-        for (int k = 1; k < kOwn; ++k) {
-          if (row_of[k] >= 0) shared_from = max(shared_from, starts[k]);
-        }
-#pragma unroll
-        for (int k = 0; k < kOwn; ++k) {
+      for (int k = 0; k < kOwn; ++k) {
 #pragma unroll 1
-          for (int position = starts[k]; position < min(shared_from, whole); position += 4) {
-            Vector<kVec> u[4];
-            load_four(position, u);
-            add_four(k, position, u);
-          }
+        for (int position = starts[k]; position < min(shared_from, whole); position += 4) {
+          Vector<kVec> u[4];
+          load_four(position, u);
+          add_four(k, position, u);
         }
       }
     }
@@ -784,105 +722,253 @@ __device__ __forceinline__ void Scan(const ScanOp& op, const PassNodes& nodes,
       Vector<kVec> u[4];
       load_four(position, u);
 #pragma unroll
-      for (int k = 0; k < kOwn; ++k) {
-        if (k == 0 || row_of[k] >= 0) add_four(k, position, u);
-      }
+      for (int k = 0; k < kOwn; ++k) add_four(k, position, u);
     }
-    // Then each node's own, skip, gate and the norm's weights.
-    const float skip = d_and_a[0];
-    const int place = slice.place + dim;
-    const int squares_of_row = op.heads * op.slices * (kSliceDims / kSquareDims);
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      const int row = row_of[k];
-      float squares = 0.0f;
-      if (row >= 0) {
-        const int t = nodes.position[row];
-#pragma unroll 2
-        for (int position = max(whole, starts[k]); position <= t; ++position) {
-          const float* from = position < prefix
-                                  ? ring_u + position % kRing * kSliceDims
-                                  : pending_u + nodes.path[row][position - prefix] * kSliceDims;
-          const float w = row_weights[k][position];
-          const Vector<kVec> u = Vector<kVec>::Load(from + dim);
-#pragma unroll
-          for (int v = 0; v < kVec; ++v) y[k][v] = fmaf(w, u.v[v], y[k][v]);
-        }
-        float square[4] = {}, out[4] = {};
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) {
-          if (dim + v >= dims) continue;
-          const float value = __fmul_rn(fmaf(skip, x[k].v[v], y[k][v]), gate[k].v[v]);
-          square[v] = __fmul_rn(value, value);
-          out[v] = __fmul_rn(value, norm_weights[dim + v]);
-        }
-        if (kVec == 4 && op.head_dim % 4 == 0) {
-          SendAct4<T>(op.act, kRows, row, place, make_float4(out[0], out[1], out[2], out[3]));
-        } else {
-#pragma unroll
-          for (int v = 0; v < kVec; ++v) {
-            if (dim + v >= dims) continue;
-            SendElement(static_cast<T*>(op.act) + ActIndex<T>(kRows, row, place + v),
-                        FromFloat<T>(out[v]));
-          }
-        }
-        if (dim == 0) {
 #pragma unroll 1
-          for (int i = 0; i < slice.zeros; ++i) {
-            SendElement(static_cast<T*>(op.act) + ActIndex<T>(kRows, row, place + dims + i),
-                        FromFloat<T>(0.0f));
-          }
-        }
-        // One tree over 32 dimensions, however they are spread over threads.
-        squares = __fadd_rn(__fadd_rn(square[0], square[1]), __fadd_rn(square[2], square[3]));
-      }
+      for (int position = max(whole, starts[k]); position < prefix; ++position) {
+        const float w = row_weights[k][position];
+        const Vector<kVec> u = Vector<kVec>::Load(ring_u + position % kRing * channels + dim);
 #pragma unroll
-      for (int other = 1; other < kSquareDims / kVec; other *= 2) {
-        squares = __fadd_rn(squares, __shfl_xor_sync(0xffffffffu, squares, other));
+        for (int v = 0; v < kVec; ++v) y[k].v[v] = fmaf(w, u.v[v], y[k].v[v]);
       }
-      if (row >= 0 && dim % kSquareDims == 0) {
-        op.squares[row * squares_of_row + task * (kSliceDims / kSquareDims) + dim / kSquareDims] =
-            squares;
+      if (first_row + k * 32 < rows) {
+        y[k].Store(terms + (first_row + k * 32) * layout.stride + dim);
       }
     }
-    if (task + gridDim.x < op.heads * op.slices) SyncThreads<kConsumers>();  // memory is free
   }
 }
 
-// One warp: brings what a block's part of a scan reads of earlier passes and of weights into the
-// cache, while the product before it runs.
+// The rest, by all computing threads, once the product and ScanEarly are done. sums: the tile's, as
+// the product leaves them.
+template <typename T, int kRowTiles>
+__device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& nodes,
+                                         const LayerStore<T>& store, const float* factors,
+                                         char* work, const ScanTile& tile,
+                                         const float (&sums)[kRowTiles][4]) {
+  constexpr int kRows = 8 * kRowTiles;
+  constexpr int kVec = kRows < 32 ? kRows / 8 : 4;  // channels of an item
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, quad = lane % 4, octet = lane / 4;
+  const int channels = op.tile_groups * kGroup;
+  const ScanLayout<T> layout(kRows, op.padded_d_state, op.sent_columns, channels);
+  const int stride = layout.stride;
+  float* raw = reinterpret_cast<float*>(work + layout.raw);
+  float* gates = reinterpret_cast<float*>(work + layout.gate);
+  float* xs = reinterpret_cast<float*>(work + layout.x);
+  float* pending_u = reinterpret_cast<float*>(work + layout.pending_u);
+  float* squares = reinterpret_cast<float*>(work + layout.squares);
+  const float* terms = reinterpret_cast<const float*>(work + layout.terms);
+  const float* weights = reinterpret_cast<const float*>(work + layout.weights);
+  const float* dts = reinterpret_cast<const float*>(work + layout.dt);
+  const float* decay = reinterpret_cast<const float*>(work + layout.decay);
+  const float* conv = reinterpret_cast<const float*>(work + layout.conv);
+  const float* norm_weights = conv + kConvRows * channels;
+  const float* d_and_a = decay + kMostTileHeads * kDecays;
+  const int rows = nodes.rows, prefix = nodes.prefix, width = op.heads * op.padded_head;
+  const int new_rows = kRing + nodes.first_pending;
+
+  // A warp has a block of 16 outputs: x, and 8 further z, of channel lane / 4 of its group.
+  if (warp < tile.groups) {
+    const int channel = warp * kGroup + octet;
+    float bias[2] = {0.0f, 0.0f};
+    if (op.tile_bias != nullptr) {
+      const int at = (static_cast<int>(blockIdx.x) * op.tile_groups + warp) * 2 * kGroup + octet;
+      bias[0] = LoadWeight(op.tile_bias + at);
+      bias[1] = LoadWeight(op.tile_bias + at + kGroup);
+    }
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int row = n * 8 + quad * 2 + c;
+        if (row >= rows) continue;
+        const float factor = factors[row];
+        raw[row * stride + channel] = fmaf(factor, sums[n][c], bias[0]);
+        gates[row * stride + channel] = Silu(fmaf(factor, sums[n][2 + c], bias[1]));
+      }
+    }
+  }
+  SyncThreads<kConsumers>();
+
+  // Convolution along ancestors, and u.
+  const int each = channels / kVec;
+#pragma unroll 1
+  for (int item = tid; item < rows * each; item += kConsumers) {
+    const int row = RowOfItem(item, each), dim = (item - row * each) * kVec;
+    if (dim >= tile.channels()) continue;
+    const int column = tile.column() + dim;
+    Vector<kVec> sum = Vector<kVec>::Load(conv + (kMaxTaps + 1) * channels + dim);
+    Vector<kVec> inputs[kMaxTaps + 1];
+#pragma unroll
+    for (int m = 0; m <= kMaxTaps; ++m) {
+      const int tap = m == 0 ? row : nodes.taps[row][m - 1], earlier = -2 - tap;
+      // Rows of the prefix, or zeros.
+      const float* from = conv + (earlier < 0 ? kConvRows + 1 : kMaxTaps + 2 + earlier) * channels;
+      if (tap >= 0) from = raw + tap * stride;
+      if (earlier >= op.taps) {
+        inputs[m] = Vector<kVec>::LoadNew(store.conv + (earlier * op.channels + column));
+      } else {
+        inputs[m] = Vector<kVec>::Load(from + dim);
+      }
+    }
+#pragma unroll
+    for (int m = kMaxTaps; m >= 0; --m) {
+      if (m > op.taps) continue;
+      const Vector<kVec> weight = Vector<kVec>::Load(conv + m * channels + dim);
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) sum.v[v] = fmaf(weight.v[v], inputs[m].v[v], sum.v[v]);
+    }
+    const int group = dim / kGroup, in_group = dim % kGroup;
+    const float dt = dts[(group >= tile.first_head_groups ? kRows : 0) + row];
+    Vector<kVec> x, u;
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) {
+      x.v[v] = Silu(sum.v[v]);
+      u.v[v] = dt * (in_group + v < tile.dims[group] ? x.v[v] : 0.0f);
+    }
+    x.Store(xs + row * stride + dim);
+    u.Store(pending_u + (nodes.first_pending + row) * channels + dim);
+    u.Store(store.u + (new_rows + row) * width + column);
+    inputs[0].Store(store.conv + ((op.taps + nodes.first_pending + row) * op.channels + column));
+  }
+#pragma unroll 1
+  for (int i = tid; i < nodes.first_pending * tile.channels(); i += kConsumers) {
+    const int row = i / tile.channels(), dim = i - row * tile.channels();
+    pending_u[row * channels + dim] = store.u[(kRing + row) * width + tile.column() + dim];
+  }
+  SyncThreads<kConsumers>();
+
+  // The path sum over the pending nodes, skip, gate and the norm's weights.
+#pragma unroll 1
+  for (int first = 0; first < rows * each; first += kConsumers) {
+    const int item = first + tid;
+    const int row = RowOfItem(item, each), dim = (item - row * each) * kVec;
+    const int group = dim / kGroup, in_group = dim % kGroup;
+    float square[4] = {};
+    if (row < rows && dim < tile.channels()) {
+      const int h = group >= tile.first_head_groups ? 1 : 0;
+      const int dims = tile.dims[group] - in_group;  // that are there from dim on
+      const float* row_weights =
+          weights + (h * kRows + row) * kWeightStride + (prefix - nodes.checkpoint[row]);
+      const int count = nodes.position[row] - prefix + 1;
+      Vector<kVec> y = Vector<kVec>::Load(terms + row * stride + dim);
+      const Vector<kVec> x = Vector<kVec>::Load(xs + row * stride + dim);
+      const Vector<kVec> gate = Vector<kVec>::Load(gates + row * stride + dim);
+      const Vector<kVec> norm = Vector<kVec>::Load(norm_weights + dim);
+#pragma unroll 2
+      for (int k = 0; k < count; ++k) {
+        const float w = row_weights[k];
+        const Vector<kVec> u =
+            Vector<kVec>::Load(pending_u + nodes.path[row][k] * channels + dim);
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) y.v[v] = fmaf(w, u.v[v], y.v[v]);
+      }
+      const float skip = d_and_a[h * 2];
+      float out[4] = {};
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) {
+        if (v >= dims) continue;
+        const float value = __fmul_rn(fmaf(skip, x.v[v], y.v[v]), gate.v[v]);
+        square[v] = __fmul_rn(value, value);
+        out[v] = __fmul_rn(value, norm.v[v]);
+      }
+      const int place = tile.place[group] + in_group;
+      if (kVec == 4 && op.head_dim % 4 == 0) {
+        if (dims > 0) {
+          SendAct4<T>(op.act, kRows, row, place, make_float4(out[0], out[1], out[2], out[3]));
+        }
+      } else {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) {
+          if (v >= dims) continue;
+          SendElement(static_cast<T*>(op.act) + ActIndex<T>(kRows, row, place + v),
+                      FromFloat<T>(out[v]));
+        }
+      }
+      if (in_group == 0) {
+#pragma unroll 1
+        for (int i = 0; i < tile.zeros[group]; ++i) {
+          SendElement(
+              static_cast<T*>(op.act) + ActIndex<T>(kRows, row, place + tile.dims[group] + i),
+              FromFloat<T>(0.0f));
+        }
+      }
+    }
+    // One tree over the eight channels of a group, however they are spread over threads.
+    float sum = kVec == 1 ? square[0]
+                          : __fadd_rn(__fadd_rn(square[0], square[1]), __fadd_rn(square[2], square[3]));
+#pragma unroll
+    for (int other = 1; other < kGroup / kVec; other *= 2) {
+      sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, other));
+    }
+    if (row < rows && in_group == 0 && group < tile.groups) {
+      squares[row * kMostGroups + group] = sum;
+    }
+  }
+  SyncThreads<kConsumers>();
+  if (tid < rows) {
+    const int task = blockIdx.x;
+    float* to = op.squares + tid * op.norm_groups * op.square_parts;
+    float sum = 0.0f;
+    int norm_group = -1;
+#pragma unroll 1
+    for (int g = 0; g < tile.groups; ++g) {
+      const int of = op.norm_groups == 1 ? 0 : op.NormGroupOf(tile.first_group + g);
+      sum = (of == norm_group ? sum : 0.0f) + squares[tid * kMostGroups + g];
+      norm_group = of;
+      const int first_tile =
+          of == 0 ? 0 : op.TileOf(of * (op.heads / op.norm_groups) * op.HeadGroups());
+      StoreNew(to + of * op.square_parts + (task - first_tile), sum);
+    }
+  }
+}
+
+// The operator: in_proj and all that comes before out_proj. ready() as of ScanEarly.
+template <typename T, int kRowTiles, typename Ready>
+__device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const PassNodes& nodes,
+                                     const LayerStore<T>& store, const FirstActs& first_acts,
+                                     const Ring& ring, RingPlace* place, const float* factors,
+                                     char* work, const ScanTile& tile, const Ready& ready) {
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  float sums[kRowTiles][4] = {};
+  AwaitActs<T, kRowTiles>(in, first_acts, nodes.rows, ring, *place, nullptr);
+  if (group < __shfl_sync(0xffffffffu, in.TileUnits(), 0)) {
+    ConsumeMatmul<T, kRowTiles, /*kOwn=*/true>(in, nodes.rows, ring, place, nullptr, sums);
+  }
+  if (group >= (kConsumerWarps - kEarlyWarps) / 4) {
+    ScanEarly<T, kRowTiles>(op, nodes, store, factors, work, tile, ready);
+  }
+  if (static_cast<int>(blockIdx.x) >= op.Tiles()) return;
+  SyncThreads<kConsumers>();
+  ScanLate<T, kRowTiles>(op, nodes, store, factors, work, tile, sums);
+}
+
+// One warp: brings what a block's part of a scan reads of earlier passes into the cache.
 template <typename T>
 __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes,
                                     const LayerStore<T>& store) {
-  const int lane = threadIdx.x % 32;
-  const int ds = op.padded_d_state;
-  // `count` rows of `bytes` bytes.
-  const auto prefetch = [&](const void* base, int count, int64_t stride, int bytes) {
-    const int lines = (bytes + 127) / 128 + 1;  // rows need not begin at a line
-#pragma unroll 1
-    for (int i = lane; i < count * lines; i += 32) {
-      const int row = i / lines, offset = min((i - row * lines) * 128, bytes - 1);
-      Prefetch(static_cast<const char*>(base) + row * stride + offset);
-    }
-  };
-#pragma unroll 1
-  for (int task = blockIdx.x; task < op.heads * op.slices; task += gridDim.x) {
-    const int head = task / op.slices, first_dim = (task - head * op.slices) * kSliceDims;
-    const int dims = min(kSliceDims, op.head_dim - first_dim);
-    const int tile_bytes = PadTo16(dims) * ds * 4;
-    const int64_t tile = (static_cast<int64_t>(head) * PadTo16(op.head_dim) + first_dim) * ds;
+  const int lane = threadIdx.x % 32, ds = op.padded_d_state, task = blockIdx.x;
+  if (task < op.Tiles()) {
+    const int64_t first = static_cast<int64_t>(op.FirstGroup(task)) * kGroup * ds;
+    const int bytes = op.GroupsOf(task) * kGroup * ds * 4;
 #pragma unroll 1
     for (int position = nodes.first_checkpoint; position <= nodes.last_checkpoint;
          position += kSegment) {
-      if (position > 0) {
-        prefetch(store.checkpoints[position / kSegment % 2] + tile, 1, 0, tile_bytes);
-      }
+      if (position == 0) continue;
+      const char* from =
+          reinterpret_cast<const char*>(store.checkpoints[position / kSegment % 2] + first);
+#pragma unroll 1
+      for (int at = lane * 128; at < bytes; at += 32 * 128) Prefetch(from + at);
     }
-    // Rows of B, that all heads of a group read, are shared among the tasks.
-    const int tasks = op.heads * op.slices;
-    for (int r = task; r < kRing; r += tasks) {
-      prefetch(store.b + r * op.groups * ds, 1, 0, op.groups * ds * static_cast<int>(sizeof(T)));
-    }
+  }
+  // Rows of B, that all blocks read, are shared among them.
+  const int row_bytes = op.groups * ds * static_cast<int>(sizeof(T));
+#pragma unroll 1
+  for (int r = task; r < kRing; r += gridDim.x) {
+    const char* from = reinterpret_cast<const char*>(store.b) + r * row_bytes;
+#pragma unroll 1
+    for (int at = lane * 128; at < row_bytes; at += 32 * 128) Prefetch(from + at);
   }
 }
 
@@ -978,7 +1064,7 @@ __global__ void FoldKernel(const CommitLayer<T>* layers, const FoldShape* shapes
   const int head = blockIdx.x;
   if (head >= shape.heads) return;
   extern __shared__ float fold_shared[];
-  const int padded = PadTo16(shape.head_dim);
+  const int padded = shape.padded_head;
   const int ds = shape.padded_d_state;
   float* u = fold_shared;            // [kSegment][padded head_dim], times its position's weight
   float* b = u + kSegment * padded;  // [kSegment][ds]
@@ -994,8 +1080,7 @@ __global__ void FoldKernel(const CommitLayer<T>* layers, const FoldShape* shapes
     const int k = i / padded, p = i % padded;
     float value = 0.0f;
     if (p < shape.head_dim) {
-      value =
-          store.u[static_cast<int64_t>(first + k) * layer.u_columns + head * shape.padded_head + p];
+      value = store.u[static_cast<int64_t>(first + k) * layer.u_columns + head * padded + p];
     }
     u[i] = expf(last - decay(k)) * value;
   }
@@ -1012,9 +1097,9 @@ __global__ void FoldKernel(const CommitLayer<T>* layers, const FoldShape* shapes
   const float state_decay = expf(last);
 #pragma unroll 1
   for (int quad = threadIdx.x; quad < padded * ds / 4; quad += blockDim.x) {
-    const int block = quad / 128, vector = quad / 32 % 4, lane = quad % 32;
-    const int p = block / (ds / 32) * 16 + vector % 2 * 8 + lane / 4;
-    const int n = block % (ds / 32) * 32 + lane % 4 * 8 + vector / 2 * 4;
+    const int block = quad / 64, vector = quad / 32 % 2, lane = quad % 32;
+    const int p = block / (ds / 32) * 8 + lane / 4;
+    const int n = block % (ds / 32) * 32 + lane % 4 * 8 + vector * 4;
     float4 s = reinterpret_cast<const float4*>(from)[quad];
     s = make_float4(state_decay * s.x, state_decay * s.y, state_decay * s.z, state_decay * s.w);
 #pragma unroll 4

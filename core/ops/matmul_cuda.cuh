@@ -1,17 +1,20 @@
 // The product of 1 to 64 rows with a weight matrix on the device: weights are streamed once, and a
 // row's bits do not depend on the number of rows.
 //
-// Weights are cut into units of 64 outputs by 16 inputs, a tensor core's first operand; `tile_subs`
-// units side by side make a tile, and the tiles' k-steps, one tile behind the other, are cut into
-// as many runs of equal length as there are multiprocessors. So every multiprocessor streams the
-// same number of bytes, from one contiguous place, or where some outputs are wanted early two: a
-// part of those tiles first. The sums of a run over a part of a tile's K (a "split") are left to
-// the reader, who adds them in order. All this depends on the matrix and the device alone, and a
-// column of a tensor core's result on that column alone: so row-invariant.
+// Weights are cut into blocks of 16 outputs by 16 inputs, of which four are a tensor core's first
+// operand (a unit). Blocks side by side make a tile, and the tiles' k-steps, one tile behind the
+// other, are cut into as many runs of equal length as there are multiprocessors: so every
+// multiprocessor streams the same number of bytes from one contiguous place. The sums of a run over
+// a part of a tile's K (a "split") are left to the reader, who adds them in order.
 //
-// Four groups of four warps take a unit of a tile each, where it has so many; on compute
-// capability 9.0 with wgmma, which reads both operands from shared memory, elsewhere with mma.sync.
-// f32 operands are split into three bf16 (core/cuda/ptx.cuh).
+// A product whose sums the same block goes on with (an "own" product, in_proj of a scan) has whole
+// tiles as runs, and leaves them in registers. Outputs that all blocks need early are apart: tiles
+// of one block, cut into parts over K with which the runs begin; their sums go to their readers.
+//
+// All this depends on the matrix and the device alone, and a column of a tensor core's result on
+// that column alone: so row-invariant. Four groups of four warps take a unit of a tile each, where
+// it has so many; on compute capability 9.0 with wgmma, which reads both operands from shared
+// memory, elsewhere with mma.sync. f32 operands are split into three bf16 (core/cuda/ptx.cuh).
 //
 // Bytes: weights once; activations rows * K * sizeof(T) for each tile; sums.
 //
@@ -37,8 +40,9 @@ namespace canopy::cuda {
 inline constexpr int kSlotBytes = 32 << 10;
 template <typename T, int kRowTiles>
 inline constexpr int kSlots = sizeof(T) == 4   ? 2
-                              : kRowTiles <= 2 ? 5
-                                               : 4;
+                              : kRowTiles == 1 ? 5
+                              : kRowTiles <= 4 ? 4
+                                               : 3;
 // A slot is filled in pieces.
 inline constexpr int kPieces = 4;
 inline constexpr int kPieceBytes = kSlotBytes / kPieces;
@@ -57,10 +61,12 @@ CANOPY_HOST_DEVICE constexpr int ActSteps(int row_tiles) {
 // barrier. With more rows everybody who waits for so many of them is in the others' way.
 CANOPY_HOST_DEVICE constexpr bool SendsActs(int bucket_rows) { return bucket_rows <= 16; }
 
-inline constexpr int kUnitRows = 64;  // outputs of a unit
+inline constexpr int kUnitBlocks = 4;  // of 16 outputs, in a unit
 template <typename T>
-inline constexpr int kUnitBytes = kUnitRows * 16 * static_cast<int>(sizeof(T));
-inline constexpr int kMostTileSubs = kConsumerWarps / 4;
+inline constexpr int kBlockBytes = 16 * 16 * static_cast<int>(sizeof(T));
+template <typename T>
+inline constexpr int kUnitBytes = kUnitBlocks * kBlockBytes<T>;
+inline constexpr int kMostTileUnits = kConsumerWarps / 4;
 inline constexpr int kMostSplits = 16;
 inline constexpr int kMostNormGroups = 16;
 
@@ -71,14 +77,15 @@ struct MatmulOp {
   const void* weights = nullptr;
   const void* act = nullptr;
   float* out = nullptr;  // partials
-  int units = 0;         // blocks of 64 outputs
-  int tile_subs = 1;
+  int blocks = 0;        // of 16 outputs, in all tiles but early ones
+  int tile_blocks = kUnitBlocks;
   int k_steps = 0;
   int quantum = 1;        // runs begin and end at multiples of this, or at a tile's end
-  int first_tiles = 0;    // of outputs that are wanted early
-  int first_runs = 0;     // that begin with those, see FirstRuns
-  int columns = 0;        // outputs; sums of the last unit's others are not written
-  int first_columns = 0;  // the same of the first tiles
+  int early_tiles = 0;    // of a block each
+  int early_runs = 0;     // that begin with parts of those
+  int columns = 0;        // of sums; those of padding behind them are not written
+  int early_columns = 0;  // the same of early tiles
+  int late_column = 0;    // the first one of the other tiles
   int split_stride = 0;   // columns of a split; ld is that of all
   int ld = 0;
   int index = 0;  // of the operator in its pass
@@ -90,46 +97,39 @@ struct MatmulOp {
   RowNorm norm;
   int group_steps = 0;
 
-  // The first output behind the first tiles.
-  CANOPY_HOST_DEVICE int LateColumn() const { return first_tiles * tile_subs * kUnitRows; }
+  // Groups of four warps that have a unit of a tile.
+  CANOPY_HOST_DEVICE int TileUnits() const { return (tile_blocks + kUnitBlocks - 1) / kUnitBlocks; }
 };
 
-// How tiles are cut into runs: in quanta, one run a block, as long as there are quanta. A run is
-// quanta of the first tiles, where it has any, and then quanta of the others.
+// How tiles are cut into runs: in quanta, one run a block, as long as there are quanta. Early tiles
+// are cut by k-steps, apart from the others.
 struct MatmulCut {
-  int per_tile, total;  // quanta
-  int runs;
-  int first_total, first_runs;
+  int per_tile, total, runs;  // quanta
+  int early_per_tile, early_total, early_runs;
 
   CANOPY_HOST_DEVICE MatmulCut(const MatmulOp& op, int grid)
       : per_tile((op.k_steps + op.quantum - 1) / op.quantum),
-        total((op.units + op.tile_subs - 1) / op.tile_subs * per_tile),
+        total((op.blocks + op.tile_blocks - 1) / op.tile_blocks * per_tile),
         runs(grid < total ? grid : total),
-        first_total(op.first_runs > 0 ? op.first_tiles * per_tile : 0),
-        first_runs(op.first_runs) {}
-  // The first quantum of a run of the first tiles, and behind them; of a block without one,
-  // `first_total` and `total`.
-  CANOPY_HOST_DEVICE int FirstOfFirst(int run) const {
-    return run >= first_runs ? first_total : Part(first_total, run, first_runs);
-  }
+        early_per_tile(op.k_steps),
+        early_total(op.early_tiles * op.k_steps),
+        early_runs(op.early_runs) {}
+  // The first quantum of a run; of one that has none, behind the last.
   CANOPY_HOST_DEVICE int First(int run) const {
-    return run >= runs ? total : first_total + Part(total, run, runs) - FirstOfFirst(run);
+    return run >= runs ? total : Part(total, run, runs);
   }
-  CANOPY_HOST_DEVICE int RunOf(int quantum) const {
-    if (quantum < first_total) return PartOf(quantum, first_total, first_runs);
-    int run = PartOf(quantum, total, runs);
-    if (run < first_runs) {
-      // Runs that begin with first tiles have less of the others.
-      run = static_cast<int>(uint32_t(quantum - first_total) * uint32_t(runs * first_runs) /
-                             uint32_t(total * first_runs - first_total * runs));
-      run = run < first_runs ? run : first_runs;
-    }
-    while (First(run) > quantum) --run;
-    while (First(run + 1) <= quantum) ++run;
-    return run;
+  CANOPY_HOST_DEVICE int FirstEarly(int run) const {
+    return run >= early_runs ? early_total : Part(early_total, run, early_runs);
+  }
+  CANOPY_HOST_DEVICE int RunOf(int quantum) const { return PartOf(quantum, total, runs); }
+  CANOPY_HOST_DEVICE int RunOfEarly(int step) const {
+    return PartOf(step, early_total, early_runs);
   }
   CANOPY_HOST_DEVICE int Splits(int tile) const {
     return RunOf((tile + 1) * per_tile - 1) - RunOf(tile * per_tile) + 1;
+  }
+  CANOPY_HOST_DEVICE int EarlySplits(int tile) const {
+    return RunOfEarly((tile + 1) * early_per_tile - 1) - RunOfEarly(tile * early_per_tile) + 1;
   }
 
  private:
@@ -141,36 +141,38 @@ struct MatmulCut {
   }
 };
 
-// In how many runs a product's first tiles are begun with: in four splits each, or none where one
-// of these runs would have nothing of the other tiles, whose splits are those of neighbouring runs.
-inline int FirstRuns(const MatmulOp& op, int grid) {
-  constexpr int kSplits = 4;
-  if (op.first_tiles == 0) return 0;
-  const MatmulCut cut(op, grid);
-  const int quanta = op.first_tiles * cut.per_tile;
-  const int runs = std::min({kSplits * op.first_tiles, quanta, cut.runs});
-  return (quanta + runs - 1) / runs < cut.total / cut.runs ? runs : 0;
+// In how many runs early tiles are cut: all blocks take part, but their reader is not to add more
+// than a few splits.
+inline constexpr int kMostEarlySplits = 8;
+inline int EarlyRuns(int tiles, int k_steps, int grid) {
+  if (tiles == 0) return 0;
+  const int splits = std::max(1, std::min({grid / tiles, k_steps, kMostEarlySplits}));
+  return std::min(grid, tiles * splits);
 }
 
-// Element of weight (m, k) in the packed matrix: [tile][k-step][unit of the tile][64 x 16]. A unit
-// of bf16 is 8 x 8 matrices [8][2][8][8]; f32 four blocks of 16 x 16 as a warp's operands.
+// Element of weight (m, k) in the packed matrix: [tile][k-step][block of the tile][16 x 16]. A
+// block of bf16 is 8 x 8 matrices [2][2][8][8]; of f32 a warp's operands.
 template <typename T>
 CANOPY_HOST_DEVICE inline int64_t PackedElement(const MatmulOp& op, int m, int k) {
-  const int unit = m / kUnitRows, tile = unit / op.tile_subs, first = tile * op.tile_subs;
-  const int subs = op.units - first < op.tile_subs ? op.units - first : op.tile_subs;
+  int first = m / 16, count = 1;  // of the tile
+  if (first >= op.early_tiles) {
+    const int in_late = (first - op.early_tiles) / op.tile_blocks * op.tile_blocks;
+    first = op.early_tiles + in_late;
+    count = op.blocks - in_late < op.tile_blocks ? op.blocks - in_late : op.tile_blocks;
+  }
   const int64_t at = static_cast<int64_t>(first) * op.k_steps +
-                     static_cast<int64_t>(k / 16) * subs + (unit - first);
-  m %= kUnitRows;
+                     static_cast<int64_t>(k / 16) * count + (m / 16 - first);
+  m %= 16;
   k %= 16;
   int element;
   if (sizeof(T) == 2) {
     element = (m / 8 * 2 + k / 8) * 64 + m % 8 * 8 + k % 8;
   } else {
-    const int row = m % 16, lane = row % 8 * 4 + k % 8 / 2;
-    const int e = k / 8 * 4 + row / 8 * 2 + k % 2;
-    element = m / 16 * 256 + e / 4 * 128 + lane * 4 + e % 4;
+    const int lane = m % 8 * 4 + k % 8 / 2;
+    const int e = k / 8 * 4 + m / 8 * 2 + k % 2;
+    element = e / 4 * 128 + lane * 4 + e % 4;
   }
-  return at * (kUnitRows * 16) + element;
+  return at * 256 + element;
 }
 
 }  // namespace canopy::cuda
@@ -187,7 +189,7 @@ struct __align__(16) PartInfo {
   int16_t steps;   // 0: nothing to do for this block
   int16_t split;
   int16_t group;
-  int16_t subs;
+  int16_t blocks;  // of 16 outputs
   uint8_t first, last;  // of the run's parts of the tile
   uint8_t end;          // of the operator
 };
@@ -226,10 +228,10 @@ struct Ring {
   }
 };
 
-// K-steps of weights in a slot.
+// K-steps of weights in a slot, where whole units are read of every one.
 template <typename T>
-__device__ inline int SlotSteps(int subs) {
-  return kSlotBytes / kUnitBytes<T> / subs;
+__device__ inline int SlotSteps(int blocks) {
+  return 1 + (kSlotBytes - PadTo(kUnitBlocks, blocks) * kBlockBytes<T>) / (blocks * kBlockBytes<T>);
 }
 
 // Calls task(part, first k-step, bytes of weights before it) for every part of this block's run;
@@ -238,27 +240,34 @@ template <typename T, bool kSplits = false, typename F>
 __device__ inline void ForParts(const MatmulOp& op, const F& task) {
   const int run = blockIdx.x;
   const MatmulCut cut(op, gridDim.x);
-  const int begin = cut.First(run), end = cut.First(run + 1);
-  const int first_end = cut.FirstOfFirst(run + 1);
-  int quantum = cut.FirstOfFirst(run);
-  if (quantum >= first_end) quantum = begin;
+  int early = cut.FirstEarly(run), quantum = cut.First(run);
+  const int early_end = cut.FirstEarly(run + 1), end = cut.First(run + 1);
   PartInfo part = {};
   part.first = part.last = part.end = 1;
-  part.subs = 1;
-  if (quantum >= end) task(part, 0, int64_t{0});
-  while (quantum < end) {
-    const int tile = quantum / cut.per_tile;
-    const int tile_quantum = tile * cut.per_tile;
-    const int range_end = quantum < first_end ? first_end : end;
-    const int part_end = min(range_end, tile_quantum + cut.per_tile);
-    const int first_unit = tile * op.tile_subs;
-    const int subs = min(op.tile_subs, op.units - first_unit);
-    const int k0 = (quantum - tile_quantum) * op.quantum;
-    const int k1 = min(op.k_steps, (part_end - tile_quantum) * op.quantum);
-    part.subs = static_cast<int16_t>(subs);
-    part.column = first_unit * kUnitRows;
-    if (kSplits) part.split = static_cast<int16_t>(run - cut.RunOf(tile_quantum));
-    const int next = part_end == first_end ? begin : part_end;
+  part.blocks = 1;
+  if (early >= early_end && quantum >= end) task(part, 0, int64_t{0});
+  while (early < early_end || quantum < end) {
+    const bool is_early = early < early_end;
+    const int at = is_early ? early : quantum;
+    const int per_tile = is_early ? cut.early_per_tile : cut.per_tile;
+    const int steps_each = is_early ? 1 : op.quantum;
+    const int tile = at / per_tile;
+    const int tile_at = tile * per_tile;
+    const int part_end = min(is_early ? early_end : end, tile_at + per_tile);
+    const int first_block = is_early ? tile : tile * op.tile_blocks;
+    const int blocks = is_early ? 1 : min(op.tile_blocks, op.blocks - first_block);
+    const int k0 = (at - tile_at) * steps_each;
+    const int k1 = min(op.k_steps, (part_end - tile_at) * steps_each);
+    part.blocks = static_cast<int16_t>(blocks);
+    part.column = first_block * 16 + (is_early ? 0 : op.late_column);
+    if (kSplits) {
+      const int first_run = is_early ? cut.RunOfEarly(tile_at) : cut.RunOf(tile_at);
+      part.split = static_cast<int16_t>(run - first_run);
+    }
+    (is_early ? early : quantum) = part_end;
+    const bool last_part = early >= early_end && quantum >= end;
+    const int64_t blocks_before =
+        static_cast<int64_t>(first_block + (is_early ? 0 : op.early_tiles)) * op.k_steps;
     for (int k = k0; k < k1; k += part.steps) {
       int steps = k1 - k;
       if (op.norm.groups > 1) {
@@ -268,12 +277,9 @@ __device__ inline void ForParts(const MatmulOp& op, const F& task) {
       part.steps = static_cast<int16_t>(steps);
       part.first = k == k0;
       part.last = k + steps == k1;
-      part.end = part.last && next >= end;
-      task(part, k,
-           (static_cast<int64_t>(first_unit) * op.k_steps + static_cast<int64_t>(k) * subs) *
-               kUnitBytes<T>);
+      part.end = part.last && last_part;
+      task(part, k, (blocks_before + static_cast<int64_t>(k) * blocks) * kBlockBytes<T>);
     }
-    quantum = next;
   }
 }
 
@@ -282,11 +288,11 @@ template <typename T>
 __device__ inline void StreamWeights(const MatmulOp& op, Ring& ring, uint64_t policy) {
   ForParts<T, true>(op, [&](const PartInfo& part, int, int64_t offset) {
     const char* from = static_cast<const char*>(op.weights) + offset;
-    const int most = SlotSteps<T>(part.subs);
+    const int most = SlotSteps<T>(part.blocks);
     int steps_left = part.steps;
     do {
       const int steps = min(steps_left, most);
-      int left = steps * part.subs * kUnitBytes<T>;
+      int left = steps * part.blocks * kBlockBytes<T>;
       BarrierWait(&ring.weights_empty[ring.slot], ring.phase ^ 1);
       ring.infos[ring.slot] = part;
 #pragma unroll 1
@@ -374,7 +380,7 @@ __device__ inline void Clear(float (&sums)[kRowTiles][4]) {
 // 4) and 1 more.
 template <int kRowTiles>
 __device__ inline void MultiplySteps(float (&sums)[kRowTiles][4], const __nv_bfloat16* weights,
-                                     const __nv_bfloat16* acts, int steps, int subs, bool fresh) {
+                                     const __nv_bfloat16* acts, int steps, int blocks, bool fresh) {
 #ifdef CANOPY_HAS_WGMMA
   WgmmaBegin(sums);
   uint64_t a = WgmmaOperand(weights), b = WgmmaOperand(acts);
@@ -382,7 +388,7 @@ __device__ inline void MultiplySteps(float (&sums)[kRowTiles][4], const __nv_bfl
   for (int step = 0; step < steps; ++step) {
     Wgmma(sums, a, b, add);
     add = 1;
-    a += subs * (kUnitBytes<__nv_bfloat16> >> 4);
+    a += blocks * (kBlockBytes<__nv_bfloat16> >> 4);
     b += kRowTiles * (256 >> 4);
   }
   WgmmaEnd(sums);
@@ -394,7 +400,7 @@ __device__ inline void MultiplySteps(float (&sums)[kRowTiles][4], const __nv_bfl
   for (int step = 0; step < steps; ++step) {
     // Matrices in the order (rows, k): (0, 0), (0, 1), (1, 0), (1, 1).
     uint32_t m[4];
-    LoadMatrices(m, a_lane + step * subs * kUnitBytes<__nv_bfloat16>);
+    LoadMatrices(m, a_lane + step * blocks * kBlockBytes<__nv_bfloat16>);
     const uint32_t a[4] = {m[0], m[2], m[1], m[3]};
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
@@ -407,12 +413,12 @@ __device__ inline void MultiplySteps(float (&sums)[kRowTiles][4], const __nv_bfl
 }
 template <int kRowTiles>
 __device__ inline void MultiplySteps(float (&sums)[kRowTiles][4], const float* weights,
-                                     const float* acts, int steps, int subs, bool fresh) {
+                                     const float* acts, int steps, int blocks, bool fresh) {
   if (fresh) Clear(sums);
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   for (int step = 0; step < steps; ++step) {
     const float4* block =
-        reinterpret_cast<const float4*>(weights + step * subs * (kUnitRows * 16) + warp * 256);
+        reinterpret_cast<const float4*>(weights + step * blocks * 256 + warp * 256);
     const float4 low = block[lane], high = block[32 + lane];
     FragmentA<float> a;
     SetPair(a, 0, low.x, low.y);
@@ -571,37 +577,41 @@ __device__ __noinline__ inline void BeginMatmul(const MatmulOp& op, const FirstA
   }
 }
 
-// All computing threads. factors: [norm groups][kMaxRows] in shared memory.
+// All computing threads, before ConsumeMatmul. factors: [norm groups][kMaxRows] in shared memory.
 template <typename T, int kRowTiles>
-__device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, const FirstActs& first_acts,
-                                              int rows, const Ring& first, RingPlace* at,
-                                              float* factors) {
-  // What decides on the way to wgmma must be seen to be the same in a whole warp: hence shuffles.
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), sub = warp / 4;
-  const int lane = threadIdx.x % 32;
-  const bool with_norm = op.norm.squares != nullptr;
-  // Groups of warps that have no unit in any tile leave the rings to the others, who tell by
-  // `at` where they are.
-  const auto uniform = [](auto value) { return __shfl_sync(0xffffffffu, value, 0); };
-  const bool idle = sub >= uniform(op.tile_subs);
-  const uint32_t arrivals = kConsumerWarps / 4 / op.tile_subs;
-  Ring ring = first;
-  ring.slot = uniform(at->slot), ring.phase = uniform(at->phase);
-  ring.act_slot = uniform(at->act_slot), ring.act_phase = uniform(at->act_phase);
-  const bool grouped = op.norm.groups > 1;
-  float sums[kRowTiles][4] = {};
-  float totals[kRowTiles][4] = {};  // of norm groups that are complete
+__device__ __forceinline__ void AwaitActs(const MatmulOp& op, const FirstActs& first_acts, int rows,
+                                          const Ring& ring, const RingPlace& at, float* factors) {
   constexpr bool kSends = SendsActs(8 * kRowTiles);
-  if (kSends || with_norm) {
-    BeginMatmul<T, kRowTiles>(op, first_acts, rows, ring.act_slot, ring.act_slots, factors);
+  if (kSends || op.norm.squares != nullptr) {
+    BeginMatmul<T, kRowTiles>(op, first_acts, rows, at.act_slot, ring.act_slots, factors);
     SyncThreads<kConsumers>();
   }
   if (kSends && threadIdx.x < kActSlots && first_acts.steps[threadIdx.x] >= 0) {
-    BarrierArrive(&ring.acts_here[(ring.act_slot + threadIdx.x) % kActSlots], 1);
+    BarrierArrive(&ring.acts_here[(at.act_slot + threadIdx.x) % kActSlots], 1);
   }
+}
+
+// The groups of warps that have a unit in a tile; the others leave the rings to them, who tell by
+// `at` where they are. With kOwn the sums of the last tile, if the block has one, stay in `sums`,
+// and those of early tiles alone are sent: see MultiplySteps.
+template <typename T, int kRowTiles, bool kOwn>
+__device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, const Ring& first,
+                                              RingPlace* at, const float* factors,
+                                              float (&sums)[kRowTiles][4]) {
+  // What decides on the way to wgmma must be seen to be the same in a whole warp: hence shuffles.
+  const auto uniform = [](auto value) { return __shfl_sync(0xffffffffu, value, 0); };
+  const int warp = uniform(threadIdx.x / 32), group = warp / 4;
+  const int lane = threadIdx.x % 32;
+  const bool with_norm = !kOwn && op.norm.squares != nullptr;
+  const uint32_t arrivals = kConsumerWarps / 4 / uniform(op.TileUnits());
+  Ring ring = first;
+  ring.slot = uniform(at->slot), ring.phase = uniform(at->phase);
+  ring.act_slot = uniform(at->act_slot), ring.act_phase = uniform(at->act_phase);
+  const bool grouped = !kOwn && op.norm.groups > 1;
+  float totals[kRowTiles][4] = {};  // of norm groups that are complete
   PartInfo part = {};
-  int left = 0, acts_left = 0, most = 0, subs = 0;
-  bool end = idle;
+  int left = 0, acts_left = 0, most = 0, blocks = 0, unit = 0;
+  bool end = false;
   while (!end) {
 #pragma unroll 1
     for (int piece = 0; piece < kPieces; ++piece) {
@@ -611,12 +621,13 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, const FirstAct
     if (fresh) {
       part = ring.infos[ring.slot];
       left = uniform(int{part.steps});
-      subs = uniform(int{part.subs});
-      most = SlotSteps<T>(subs);
+      blocks = uniform(int{part.blocks});
+      most = SlotSteps<T>(blocks);
+      // A group of warps whose unit the tile does not have computes nothing of use.
+      unit = min(group, (blocks - 1) / kUnitBlocks);
       acts_left = 0;
     }
-    // A group of warps whose unit the last tile does not have computes nothing of use.
-    const T* weights = reinterpret_cast<const T*>(ring.weights() + sub * kUnitBytes<T>);
+    const T* weights = reinterpret_cast<const T*>(ring.weights() + unit * kUnitBytes<T>);
     int in_slot = min(left, most);
     left -= in_slot;
     do {
@@ -628,9 +639,9 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, const FirstAct
       MultiplySteps<kRowTiles>(sums, weights,
                                reinterpret_cast<const T*>(ring.acts()) +
                                    (ActSteps<T>(kRowTiles) - acts_left) * (kRowTiles * 128),
-                               steps, subs, fresh);
+                               steps, blocks, fresh);
       fresh = false;
-      weights += steps * subs * (kUnitRows * 16);
+      weights += steps * blocks * 256;
       in_slot -= steps;
       acts_left -= steps;
       if (acts_left == 0 || left + in_slot == 0) {
@@ -642,7 +653,8 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, const FirstAct
     ring.NextWeights();
     if (left > 0) continue;
     end = uniform(int{part.end}) != 0;
-    if (sub >= subs || part.steps == 0) continue;
+    if (warp >= blocks || part.steps == 0) continue;
+    if (kOwn && part.column >= op.late_column) continue;
     const float* group_factors = factors + part.group * kMaxRows + lane % 4 * 2;
     if (grouped) {
       if (part.first) Clear(totals);
@@ -653,7 +665,7 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, const FirstAct
       }
     }
     if (!part.last) continue;
-    const int columns = part.column < op.LateColumn() ? op.first_columns : op.columns;
+    const int columns = part.column < op.late_column ? op.early_columns : op.columns;
     const int column = part.column + warp * 16 + lane / 4;
     float* out = op.out + (part.split * op.split_stride + column) + lane % 4 * 2 * op.ld;
 #pragma unroll
@@ -671,6 +683,19 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, const FirstAct
     }
   }
   if (threadIdx.x == 0) *at = {ring.slot, ring.act_slot, ring.phase, ring.act_phase};
+}
+
+// The operator.
+template <typename T, int kRowTiles>
+__device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, const FirstActs& first_acts,
+                                              int rows, const Ring& ring, RingPlace* at,
+                                              float* factors) {
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  float sums[kRowTiles][4] = {};
+  AwaitActs<T, kRowTiles>(op, first_acts, rows, ring, *at, factors);
+  if (group < __shfl_sync(0xffffffffu, op.TileUnits(), 0)) {
+    ConsumeMatmul<T, kRowTiles, /*kOwn=*/false>(op, rows, ring, at, factors, sums);
+  }
 }
 
 }  // namespace canopy::cuda

@@ -76,9 +76,8 @@ __device__ inline int Splits(const Partials& p, int column) {
 
 // kCount columns of a row that begin at a multiple of kCount, from their splits in order, once they
 // are there. Loads first, of as many splits as any column has, so as not to wait for their number.
-template <int kCount>
+template <int kCount, int kAhead = 3>
 struct SumVector {
-  static constexpr int kAhead = 3;
   float v[kAhead][kCount];
 
   __device__ static void LoadAt(float (&v)[kCount], const float* at, bool there) {
@@ -144,8 +143,9 @@ struct SumVector {
 };
 
 using Sum1 = SumVector<1>;
-__device__ inline float FinishOne(const Sum1& sum, const Partials& p, int row, int column,
-                                  int splits) {
+template <int kAhead>
+__device__ inline float FinishOne(const SumVector<1, kAhead>& sum, const Partials& p, int row,
+                                  int column, int splits) {
   float value[1];
   sum.Finish(p, row, column, splits, value);
   return value[0];

@@ -1,8 +1,9 @@
-// How products are cut into runs: every quantum is in one run, runs are equally long, and what is
-// wanted early comes first. Needs no device.
+// How products are cut into runs: every quantum is in one run, runs are equally long, and every
+// weight has a place of its own. Needs no device.
 
 #include <algorithm>
 #include <random>
+#include <vector>
 
 #include "core/ops/matmul_cuda.cuh"
 #include "gtest/gtest.h"
@@ -10,66 +11,99 @@
 namespace canopy::cuda {
 namespace {
 
-MatmulOp RandomOp(std::mt19937& random) {
+MatmulOp RandomOp(std::mt19937& random, int grid) {
   const auto below = [&](int n) { return static_cast<int>(random() % n); };
   MatmulOp op;
-  op.tile_subs = 1 << below(3);
-  op.units = 1 + below(300);
+  op.tile_blocks = 1 + below(16);
   op.k_steps = 1 + below(400);
   op.quantum = 1 << below(4);
-  op.first_tiles = below(1 + std::min(40, op.units / op.tile_subs / 2));
+  op.blocks = 1 + below(600);
+  op.early_tiles = below(3) * below(40);
+  op.early_runs = EarlyRuns(op.early_tiles, op.k_steps, grid);
   return op;
 }
 
 TEST(MatmulCut, EveryQuantumIsInOneRun) {
   std::mt19937 random(7);
-  int with_first = 0;
   for (int i = 0; i < 2000; ++i) {
-    MatmulOp op = RandomOp(random);
     const int grid = 1 + static_cast<int>(random() % 150);
-    op.first_runs = FirstRuns(op, grid);
-    with_first += op.first_runs > 0;
+    const MatmulOp op = RandomOp(random, grid);
     const MatmulCut cut(op, grid);
-    int first = 0, other = cut.first_total;  // what no run had so far
+    int early = 0, other = 0;  // what no run had so far
     for (int run = 0; run < grid; ++run) {
-      ASSERT_EQ(cut.FirstOfFirst(run), first);
-      const int first_end = cut.FirstOfFirst(run + 1);
-      for (int quantum = first; quantum < first_end; ++quantum) {
-        ASSERT_EQ(cut.RunOf(quantum), run);
+      ASSERT_EQ(cut.FirstEarly(run), early);
+      const int early_end = cut.FirstEarly(run + 1);
+      for (; early < early_end; ++early) ASSERT_EQ(cut.RunOfEarly(early), run);
+      if (run < cut.early_runs) {
+        EXPECT_NEAR(early_end - cut.FirstEarly(run), cut.early_total / cut.early_runs, 1);
       }
       ASSERT_EQ(cut.First(run), other);
       const int end = cut.First(run + 1);
-      ASSERT_GE(end, other);
-      for (int quantum = other; quantum < end; ++quantum) ASSERT_EQ(cut.RunOf(quantum), run);
       if (run < cut.runs) {
-        EXPECT_NEAR((first_end - first) + (end - other), cut.total / cut.runs, 1);
+        EXPECT_NEAR(end - other, cut.total / cut.runs, 1);
       }
-      first = first_end;
-      other = end;
+      for (; other < end; ++other) ASSERT_EQ(cut.RunOf(other), run);
     }
-    EXPECT_EQ(first, cut.first_total);
+    EXPECT_EQ(early, cut.early_total);
     EXPECT_EQ(other, cut.total);
   }
-  EXPECT_GT(with_first, 200);
+}
+
+TEST(MatmulCut, WholeTilesAreRunsOfTheirOwn) {
+  MatmulOp op;
+  op.tile_blocks = 5;
+  op.blocks = 5 * 128;
+  op.k_steps = op.quantum = 160;
+  const MatmulCut cut(op, 132);
+  for (int run = 0; run < 132; ++run) EXPECT_EQ(cut.First(run), std::min(run, 128));
 }
 
 TEST(MatmulCut, SplitsAreRunsOfATile) {
   std::mt19937 random(8);
   for (int i = 0; i < 300; ++i) {
-    MatmulOp op = RandomOp(random);
     const int grid = 1 + static_cast<int>(random() % 150);
-    op.first_runs = FirstRuns(op, grid);
+    const MatmulOp op = RandomOp(random, grid);
     const MatmulCut cut(op, grid);
+    const auto overlaps = [](int tile, int per_tile, int begin, int end) {
+      return std::max(begin, tile * per_tile) < std::min(end, (tile + 1) * per_tile);
+    };
     for (int tile = 0; tile * cut.per_tile < cut.total; ++tile) {
       int splits = 0;
       for (int run = 0; run < grid; ++run) {
-        const auto overlaps = [&](int begin, int end) {
-          return std::max(begin, tile * cut.per_tile) < std::min(end, (tile + 1) * cut.per_tile);
-        };
-        splits += overlaps(cut.FirstOfFirst(run), cut.FirstOfFirst(run + 1)) ||
-                  overlaps(cut.First(run), cut.First(run + 1));
+        splits += overlaps(tile, cut.per_tile, cut.First(run), cut.First(run + 1));
       }
       ASSERT_EQ(cut.Splits(tile), splits) << tile;
+    }
+    for (int tile = 0; tile < op.early_tiles; ++tile) {
+      int splits = 0;
+      for (int run = 0; run < grid; ++run) {
+        splits +=
+            overlaps(tile, cut.early_per_tile, cut.FirstEarly(run), cut.FirstEarly(run + 1));
+      }
+      ASSERT_EQ(cut.EarlySplits(tile), splits) << tile;
+      EXPECT_LE(splits, kMostEarlySplits + 1);
+    }
+  }
+}
+
+TEST(MatmulCut, EveryWeightHasItsPlace) {
+  std::mt19937 random(9);
+  for (int i = 0; i < 50; ++i) {
+    MatmulOp op = RandomOp(random, 20);
+    op.blocks = 1 + op.blocks % 20;
+    op.early_tiles %= 4;
+    op.k_steps = 1 + op.k_steps % 5;
+    const int outputs = (op.early_tiles + op.blocks) * 16, inputs = op.k_steps * 16;
+    std::vector<bool> taken(size_t{1} * outputs * inputs);
+    for (int m = 0; m < outputs; ++m) {
+      for (int k = 0; k < inputs; ++k) {
+        const int64_t at = i % 2 == 0 ? PackedElement<uint16_t>(op, m, k)
+                                      : PackedElement<float>(op, m, k);
+        ASSERT_GE(at, 0);
+        ASSERT_LT(at, static_cast<int64_t>(taken.size()));
+        ASSERT_FALSE(taken[at]);
+        taken[at] = true;
+      }
     }
   }
 }
