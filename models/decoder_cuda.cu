@@ -549,7 +549,11 @@ absl::Status CudaDecoder<T>::PrepareScan(const SsdSpec& ssd, int layer, cuda::Sc
         scan->square_parts, scan->TileOf((of + 1) * each - 1) - scan->TileOf(of * each) + 1);
   }
   const int sent = 2 * ssd.groups * ssd.d_state + ssd.heads;
-  scan->sent_columns = std::min((sent + blocks - 1) / blocks, cuda::kMostSentColumns);
+  scan->sent_columns = (sent + blocks - 1) / blocks;
+  if (scan->sent_columns > cuda::kMostSentColumns) {
+    return unsupported(absl::StrCat(ssd.groups, " groups of B and C with ", ssd.d_state,
+                                    " states, more than ", blocks, " multiprocessors take"));
+  }
   return absl::OkStatus();
 }
 

@@ -273,15 +273,12 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
         ListActs<T>(*op.product(), kRowTiles,
                     reinterpret_cast<FirstActs*>(store_at + Layout::kStore));
       }
-      // What a commit moves is read behind the first operator's barrier.
-      if (kSsd && i == 1 && op.kind == OpKind::kScan) signals.finished.Wait(0);
-      if (kSsd && op.kind == OpKind::kScan && static_cast<int>(blockIdx.x) < op.ssd.scan.Tiles()) {
-        const ScanOp& scan = op.ssd.scan;
-        SetTile(scan, blockIdx.x, &signals.tile);
-        StageTile<T>(scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at), signals.tile,
-                     ScanLayout<T>(8 * kRowTiles, scan.padded_d_state, scan.sent_columns,
-                                   scan.tile_groups * kGroup),
-                     shared + Layout::kFixed);
+      if (kSsd && op.kind == OpKind::kScan) {
+        // What a commit moves is read behind the first operator's barrier.
+        if (i == 1) signals.finished.Wait(0);
+        StageScan<T, kRowTiles>(op.ssd.scan, nodes,
+                                *reinterpret_cast<const LayerStore<T>*>(store_at), &signals.tile,
+                                shared + Layout::kFixed);
       }
       if (kAttention && op.kind == OpKind::kAttentionInputs) {
         const LayerStore<T>& store = *reinterpret_cast<const LayerStore<T>*>(store_at);

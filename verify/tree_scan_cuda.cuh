@@ -112,6 +112,8 @@ inline constexpr int kPadding = 4;
 inline constexpr int kConvRows = (kMaxTaps + 1) + 1 + kMaxTaps;
 inline constexpr int kStagedRows = kConvRows + 2;
 inline constexpr int kDecays = kRing + kMaxRows;
+// And of the columns of B, C and dt that a block sends: the convolution's, and in_proj's bias.
+inline constexpr int kSentRows = kConvRows + 1;
 
 // Shared memory of the operator, in bytes, for buckets of `rows` rows and tiles of `channels`.
 // First what x and z make, in the place of the product's activations and what was needed before;
@@ -120,7 +122,7 @@ template <typename T>
 struct ScanLayout {
   int stride;  // floats between rows of raw, gate, x and terms
   int raw, gate, x, pending_u, squares;
-  int c, sent, terms, weights, dt, boundary, decay, conv, ring_u, end;
+  int c, sent, terms, weights, dt, boundary, decay, conv, ring_u, sent_conv, end;
 
   CANOPY_HOST_DEVICE ScanLayout(int rows, int padded_d_state, int sent_columns, int channels) {
     stride = channels + kPadding;
@@ -131,7 +133,7 @@ struct ScanLayout {
     pending_u = x + row_bytes;
     squares = pending_u + kMaxRows * channels * 4;
     const int late_end = squares + rows * kMostGroups * 4;
-    c = kActRingBytes;
+    c = x > kActRingBytes ? x : kActRingBytes;
     sent = c + rows * RowStride<T>(padded_d_state) * static_cast<int>(sizeof(T));
     const int early_end = sent + PadTo(4, rows * sent_columns) * 4;
     terms = early_end > late_end ? early_end : late_end;
@@ -141,7 +143,8 @@ struct ScanLayout {
     decay = boundary + kMostTileHeads * rows * 4;
     conv = decay + kMostTileHeads * (kDecays + 2) * 4;  // D and A behind the decays
     ring_u = conv + kStagedRows * channels * 4;
-    end = ring_u + kRing * channels * 4;
+    sent_conv = ring_u + kRing * channels * 4;
+    end = sent_conv + PadTo(4, kSentRows * sent_columns) * 4;
   }
 };
 
@@ -167,44 +170,70 @@ struct ScanTile {
 
 namespace canopy::cuda {
 
-// B, C and dt of all nodes, `op.sent_columns` columns from `begin` on, once they come: into the
-// store and to all blocks.
+// Item `item` of rows that have `each` items; both are small.
+__device__ inline int RowOfItem(int item, int each) {
+  return __float2int_rd(
+      __fdividef(static_cast<float>(item) + 0.5f, static_cast<float>(each)));
+}
+
+// The block's columns of B, C and dt. The last blocks have the first ones, for there may be more
+// blocks than tiles.
+__device__ inline int FirstSentColumn(const ScanOp& op) {
+  return (gridDim.x - 1 - blockIdx.x) * op.sent_columns;
+}
+
+// What SendColumns reads of weights and of the prefix into shared memory. One warp.
+template <typename T>
+__device__ inline void StageColumns(const ScanOp& op, const LayerStore<T>& store, float* staged) {
+  const int states = 2 * op.groups * op.d_state, columns = op.sent_columns;
+  const int begin = FirstSentColumn(op), width = op.heads * op.padded_head;
+#pragma unroll 2
+  for (int i = threadIdx.x % 32; i < kSentRows * columns; i += 32) {
+    const int r = RowOfItem(i, columns), column = begin + i - r * columns;
+    const int channel = width + column;
+    const bool is_dt = column >= states;
+    bool there = column < states + op.heads;
+    const float* from = store.conv + (r - kMaxTaps - 2) * op.channels + channel;
+    if (r <= kMaxTaps) {
+      from = op.conv_weight + (op.taps - r) * op.channels + channel;
+      there &= !is_dt && r <= op.taps;
+    } else if (r == kMaxTaps + 1) {
+      from = is_dt ? op.dt_bias + (column - states) : op.conv_bias + channel;
+    } else if (r == kConvRows) {
+      from = op.in_bias + column;
+      there &= op.in_bias != nullptr;
+    } else {
+      there &= !is_dt && r - kMaxTaps - 2 < op.taps;
+    }
+    staged[i] = LoadNew(from, there);
+  }
+}
+
+// The block's columns of B, C and dt of all nodes, once their sums come: into the store and to all
+// blocks. By thread `thread` of kThreads, whose barrier is kBarrier. raw: shared memory,
+// [rows][sent_columns].
 template <typename T, int kBarrier, int kThreads>
 __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& nodes,
-                                            const LayerStore<T>& store, int begin,
-                                            const float* factors, int thread, float* raw) {
+                                            const LayerStore<T>& store, const float* factors,
+                                            int thread, const float* staged, float* raw) {
   const int states = op.groups * op.d_state, b_width = op.groups * op.padded_d_state;
   const int width = op.heads * op.padded_head;
   const int rows = nodes.rows, columns = op.sent_columns;
   // A thread has one column and every `step`-th row.
   const int step = kThreads / columns;
-  const int first_row = thread / columns, own = thread - first_row * columns;
-  const int column = begin + own, channel = width + column;
-  const bool active = first_row < step && column < 2 * states + op.heads;
+  const int first_row = RowOfItem(thread, columns), own = thread - first_row * columns;
+  const int column = FirstSentColumn(op) + own;
+  const bool active = first_row < min(step, rows) && column < 2 * states + op.heads;
   const bool is_dt = column >= 2 * states, in_conv = active && !is_dt;
-  // Everything is asked for at once.
   const int splits = active ? Splits(op.partials, column) : 0;
-  SumVector<1, kMostEarlySplits> sum;
-  sum.Load(op.partials, first_row, column, active && first_row < rows);
-  float weights[kMaxTaps + 1], first_inputs[kMaxTaps];
-  const float* bias = is_dt ? op.dt_bias + (column - 2 * states) : op.conv_bias + channel;
-  const float own_bias = LoadWeight(bias, active);
-  const float in_bias = LoadWeight(op.in_bias + column, active && op.in_bias != nullptr);
-  const float* conv = store.conv + channel;
-#pragma unroll
-  for (int m = 0; m <= kMaxTaps; ++m) {  // m positions before the node
-    weights[m] =
-        LoadWeight(op.conv_weight + (op.taps - m) * op.channels + channel, in_conv && m <= op.taps);
-  }
-#pragma unroll
-  for (int m = 0; m < kMaxTaps; ++m) {
-    const int tap = first_row < rows ? nodes.taps[first_row][m] : -1;
-    first_inputs[m] = LoadNew(conv + (-2 - tap) * op.channels, in_conv && tap <= -2);
-  }
+  const float own_bias = staged[(kMaxTaps + 1) * columns + own];
+  const float in_bias = staged[kConvRows * columns + own];
 #pragma unroll 1
   for (int row = first_row; active && row < rows; row += step) {
-    if (row != first_row) sum.Load(op.partials, row, column, true);
-    while (sum.Unsent(splits)) sum.Load(op.partials, row, column, true);
+    SumVector<1, kMostEarlySplits> sum;
+    do {
+      sum.Load(op.partials, row, column, true);
+    } while (sum.Unsent(splits));
     const float value =
         fmaf(factors[row], FinishOne(sum, op.partials, row, column, splits), in_bias);
     if (is_dt) {
@@ -215,7 +244,6 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
       Send(to + (column - 2 * states), fminf(fmaxf(soft, op.dt_min), op.dt_max));
     } else {
       raw[row * columns + own] = value;
-      store.conv[(op.taps + nodes.first_pending + row) * op.channels + channel] = value;
     }
   }
   __syncwarp();
@@ -227,42 +255,32 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
   const int at = group * op.padded_d_state + n;
   // The last column sends the zeros behind it.
   const int count = n + 1 < op.d_state ? 1 : op.padded_d_state - n;
+  float* conv = store.conv + (width + column);
 #pragma unroll 1
   for (int row = first_row; row < rows; row += step) {
     float sum = own_bias;
 #pragma unroll
     for (int m = kMaxTaps; m > 0; --m) {
-      const int tap = nodes.taps[row][m - 1];
-      float input = first_inputs[m - 1];
-      if (row != first_row) input = LoadNew(conv + (-2 - tap) * op.channels, tap <= -2);
+      const int tap = nodes.taps[row][m - 1], earlier = -2 - tap;
+      float input = 0.0f;
       if (tap >= 0) input = raw[tap * columns + own];
-      if (m <= op.taps) sum = fmaf(weights[m], input, sum);
+      if (tap <= -2) {
+        input = earlier < op.taps ? staged[(kMaxTaps + 2 + earlier) * columns + own]
+                                  : LoadNew(conv + earlier * op.channels);
+      }
+      if (m <= op.taps) sum = fmaf(staged[m * columns + own], input, sum);
     }
-    const T y = FromFloat<T>(Silu(fmaf(weights[0], raw[row * columns + own], sum)));
+    const float value = raw[row * columns + own];
+    const T y = FromFloat<T>(Silu(fmaf(staged[own], value, sum)));
     T* to = reinterpret_cast<T*>(op.sent + row * op.sent_bytes) + (is_c ? b_width : 0) + at;
     SendElement(to, y);
 #pragma unroll 1
     for (int i = 1; i < count; ++i) SendElement(to + i, FromFloat<T>(0.0f));
     if (!is_c) store.b[(kRing + nodes.first_pending + row) * b_width + at] = y;
+    conv[(op.taps + nodes.first_pending + row) * op.channels] = value;
   }
 }
 
-// The block's columns. By thread `thread` of kThreads, whose barrier is kBarrier. raw: shared
-// memory, [rows][sent_columns].
-template <typename T, int kBarrier, int kThreads>
-__device__ __forceinline__ void SendStates(const ScanOp& op, const PassNodes& nodes,
-                                           const LayerStore<T>& store, const float* factors,
-                                           int thread, float* raw) {
-  const int columns = 2 * op.groups * op.d_state + op.heads;
-  // The last blocks begin with these, for there may be more blocks than slices of heads.
-#pragma unroll 1
-  for (int begin = (gridDim.x - 1 - blockIdx.x) * op.sent_columns; begin < columns;
-       begin += gridDim.x * op.sent_columns) {
-    SendColumns<T, kBarrier, kThreads>(op, nodes, store, begin, factors, thread, raw);
-    __syncwarp();
-    SyncWarps<kBarrier, kThreads>();
-  }
-}
 template <int kCount>
 struct Vector {
   float v[kCount];
@@ -304,12 +322,6 @@ struct Vector {
     }
   }
 };
-
-// Item `item` of rows that have `each` items; both are small.
-__device__ inline int RowOfItem(int item, int each) {
-  return __float2int_rd(
-      __fdividef(static_cast<float>(item) + 0.5f, static_cast<float>(each)));
-}
 
 // One warp.
 __device__ inline void SetTile(const ScanOp& op, int task, ScanTile* tile) {
@@ -386,34 +398,47 @@ __device__ inline void StageTile(const ScanOp& op, const PassNodes& nodes,
   CopiesWait();
 }
 
+// What the block's part of a scan reads of weights and of earlier passes, into shared memory. One
+// warp.
+template <typename T, int kRowTiles>
+__device__ inline void StageScan(const ScanOp& op, const PassNodes& nodes,
+                                 const LayerStore<T>& store, ScanTile* tile, char* work) {
+  const ScanLayout<T> layout(8 * kRowTiles, op.padded_d_state, op.sent_columns,
+                             op.tile_groups * kGroup);
+  StageColumns(op, store, reinterpret_cast<float*>(work + layout.sent_conv));
+  if (static_cast<int>(blockIdx.x) >= op.Tiles()) return;
+  SetTile(op, blockIdx.x, tile);
+  StageTile(op, nodes, store, *tile, layout, work);
+}
+
 // Two rows of a first operand's halves of S in a block of 32 states, by step and half.
 struct StateBlock {
   float4 v[2][2];
 };
 
-// What a tile's scan needs neither x nor z for. By the last kEarly computing threads; ready()
-// returns when factors of the rows are there.
+// What a tile's scan needs neither x nor z for. By the last kEarly computing threads, of which one
+// half makes the state term and the other log decays and scores; of few rows the other also sends
+// B, C and dt, while the state is loaded. ready() returns when factors of the rows are there.
 template <typename T, int kRowTiles, typename Ready>
 __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nodes,
                                           const LayerStore<T>& store, const float* factors,
                                           char* work, const ScanTile& tile, const Ready& ready) {
   constexpr int kRows = 8 * kRowTiles;
-  constexpr int kRowBlocks = (kRows + 15) / 16;
-  constexpr int kTermTiles = kRowTiles < 4 ? kRowTiles : 4;
-  constexpr int kBarrier = 3;
-  const int tid = threadIdx.x - (kConsumers - kEarly), warp = tid / 32;
+  constexpr bool kFew = kRowTiles <= 2;
+  constexpr int kHalf = kEarly / 2, kHalfWarps = kEarlyWarps / 2;
+  constexpr int kAllBarrier = 3, kTermBarrier = 4, kScoreBarrier = 5, kCHereBarrier = 6;
+  const int tid = threadIdx.x - (kConsumers - kEarly);
+  const bool makes_terms = __shfl_sync(0xffffffffu, tid < kHalf, 0);
   const int lane = tid % 32, quad = lane % 4, octet = lane / 4;
+  const int warp = tid / 32 % kHalfWarps;  // of its half
   const int ds = op.padded_d_state, c_stride = RowStride<T>(ds);
   const int channels = op.tile_groups * kGroup;
   const ScanLayout<T> layout(kRows, ds, op.sent_columns, channels);
   const int rows = nodes.rows, prefix = nodes.prefix;
   const int new_rows = kRing + nodes.first_pending;  // stored rows before those of this pass
   const int end_rows = new_rows + rows;
-  const int b_width = op.groups * ds;
-  ready();
-  SendStates<T, kBarrier, kEarly>(op, nodes, store, factors, tid,
-                                  reinterpret_cast<float*>(work + layout.sent));
-  if (static_cast<int>(blockIdx.x) >= op.Tiles()) return;
+  const int b_width = op.groups * ds, state_column = tile.state_group * ds;
+  const bool has_tile = static_cast<int>(blockIdx.x) < op.Tiles();
   T* c = reinterpret_cast<T*>(work + layout.c);
   float* terms = reinterpret_cast<float*>(work + layout.terms);
   float* weights = reinterpret_cast<float*>(work + layout.weights);
@@ -422,246 +447,272 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   float* decay = reinterpret_cast<float*>(work + layout.decay);
   const float* ring_u = reinterpret_cast<const float*>(work + layout.ring_u);
   const float* d_and_a = decay + kMostTileHeads * kDecays;
-
-  // S: a warp has two groups of channels, and of more than 32 rows a half.
-  const int pair = warp % (kMostGroups / 2), half_rows = warp / (kMostGroups / 2);
-  const bool has_pair = pair * 2 < tile.groups && (half_rows == 0 || kRowTiles > 4);
-  const auto load_state = [&](int position, int block, StateBlock& s) {
-    const float* at = store.checkpoints[position / kSegment % 2] +
-                      ((tile.first_group + pair * 2) * kGroup * ds + block * 256 + lane * 4);
-    const bool there = position > 0 && has_pair && block * 32 < ds;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int half = i % 2, step = i / 2;
-      s.v[step][half] = LoadWeight4(at + (half * kGroup * ds + step * 128),
-                                    there && pair * 2 + half < tile.groups);
-    }
-  };
-  StateBlock ahead[2];
-  load_state(nodes.first_checkpoint, 0, ahead[0]);
-
-  // B: eight stored rows of the prefix a warp, and eight pending ones; those of the new nodes, C and
-  // dt as other blocks send them.
-  const int state_column = tile.state_group * ds;
-  const int pending = kRing + warp * 8 + octet;
-  const bool receives = pending >= new_rows, has_pending = pending < end_rows;
-  const T* ring_from = store.b + ((warp * 8 + octet) * b_width + state_column + quad * 8);
-  const T* b_sent = reinterpret_cast<const T*>(op.sent + (pending - new_rows) * op.sent_bytes);
-  const T* pending_from =
-      (receives ? b_sent : store.b + pending * b_width) + (state_column + quad * 8);
-  constexpr int kPer16 = 16 / sizeof(T);
-  const int shift = op.vector_shift;
-  const int vector = tid & ((1 << shift) - 1);
-  const bool has_vector = vector * kPer16 < ds;
-  const char* c_sent =
-      op.sent + (b_width + state_column + vector * kPer16) * static_cast<int>(sizeof(T));
-  const int dt_item = tid ^ (kEarly / 2), dt_row = dt_item / kMostTileHeads;
-  const int dt_head = dt_item % kMostTileHeads;
-  const bool has_dt = dt_row < rows && dt_head < tile.heads;
-  const float* dt_sent = reinterpret_cast<const float*>(
-      op.sent + 2 * b_width * static_cast<int>(sizeof(T)) + (tile.first_head + dt_head) * 4 +
-      dt_row * op.sent_bytes);
-  RowVector<T> b[kBlocksAhead];
-  {
-    uint4 c_here = {0, 0, 0, 0};
-    float dt_here = 0.0f;
-    const auto load_c = [&](int r) {
-      c_here = LoadSentBits(c_sent + r * op.sent_bytes, r < rows && has_vector);
-    };
-    const auto load_sent = [&] {
-      dt_here = LoadSent(dt_sent, has_dt);
-      load_c(tid >> shift);
-#pragma unroll
-      for (int k = 0; k < kBlocksAhead; ++k) {
-        b[k].LoadSent(pending_from + k * 32, has_pending && k * 32 < ds);
-      }
-    };
-    const auto unsent = [&] {
-      bool is = IsUnsent<T>(c_here) || IsUnsent(dt_here);
-#pragma unroll
-      for (int k = 0; k < kBlocksAhead; ++k) is |= receives && b[k].Unsent();
-      return is;
-    };
-    do {
-      load_sent();
-    } while (unsent());
-    if (has_dt) dts[dt_head * kRows + dt_row] = dt_here;
-#pragma unroll 1
-    for (int r = tid >> shift; r < rows; r += kEarly >> shift) {
-      if (r != tid >> shift) load_c(r);
-      while (IsUnsent<T>(c_here)) load_c(r);
-      if (has_vector) *reinterpret_cast<uint4*>(c + r * c_stride + vector * kPer16) = c_here;
-    }
+  const float* sent_conv = reinterpret_cast<const float*>(work + layout.sent_conv);
+  float* sent_raw = reinterpret_cast<float*>(work + layout.sent);
+  if (!kFew) {
+    ready();
+    SendColumns<T, kAllBarrier, kEarly>(op, nodes, store, factors, tid, sent_conv, sent_raw);
   }
-  SyncWarps<kBarrier, kEarly>();
-
-  // Log decays along the path, each from the start of its aligned segment, and the one at the end
-  // of the segment before the node's: a row and head a thread, few of each warp.
-  {
-    const int item = kEarlyWarps - 1 - warp + lane * kEarlyWarps;
-    const int row = item / kMostTileHeads, h = item % kMostTileHeads;
-    if (row < rows && h < tile.heads) {
-      float* decays = decay + h * kDecays;
-      const int t = nodes.position[row], start = nodes.checkpoint[row];
-      const int segment = t / kSegment * kSegment;
-      const float a = d_and_a[h * 2 + 1];
-      const int from = max(start, prefix);
-      float l = start < prefix ? decays[(prefix - 1) % kRing] : 0.0f;
-      float at_boundary =
-          segment > start && segment < prefix ? decays[(segment - 1) % kRing] : 0.0f;
-      const uint8_t* path = nodes.path[row] - prefix;
-#pragma unroll 4
-      for (int position = from; position <= t; ++position) {
-        // Of the earlier pending nodes the stored value is the sum so far.
-        const int node = path[position] - nodes.first_pending;
-        const float stored_l = decays[node < 0 ? new_rows + node : 0];
-        if (position == segment && segment > start) at_boundary = l;
-        const float next =
-            fmaf(dts[h * kRows + max(node, 0)], a, position % kSegment == 0 ? 0.0f : l);
-        l = node < 0 ? stored_l : next;
+  if (makes_terms) {
+    if (!has_tile) return;
+    // The state term S C_i with the checkpoint that node i reads: a warp has two groups of channels.
+    constexpr int kAhead = kFew ? 4 : 2;  // blocks of 32 states
+    const int groups_left = tile.groups - warp * 2;
+    StateBlock s[kAhead];
+    const auto load_state = [&](int position, int block, StateBlock& to) {
+      const float* at = store.checkpoints[position / kSegment % 2] +
+                        ((tile.first_group + warp * 2) * kGroup * ds + block * 256 + lane * 4);
+      const bool there = position > 0 && block * 32 < ds;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int half = i % 2, step = i / 2;
+        to.v[step][half] = LoadWeight4(at + (half * kGroup * ds + step * 128),
+                                       there && half < groups_left);
       }
-      decays[new_rows + row] = l;
-      boundary[h * kRows + row] = at_boundary;
-      // The block with a head's first channels stores it.
-      if (h > 0 || tile.first_group % op.HeadGroups() == 0) {
-        store.l[(new_rows + row) * op.heads + tile.first_head + h] = l;
-      }
-    }
-  }
-
-  // Scores C_i . B_j of the pending rows, then of the prefix's.
-  const auto add_scores = [&](float(&scores)[kRowBlocks][4], const T* from, bool there,
-                              bool new_ones) {
+    };
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) load_state(nodes.first_checkpoint, k, s[k]);
+    {
+      // C as other blocks send it, some vectors of 16 bytes at a time.
+      constexpr int kPer16 = 16 / sizeof(T), kBatch = kRowTiles < 4 ? kRowTiles : 4;
+      const int shift = op.vector_shift, vector = tid & ((1 << shift) - 1);
+      const char* from =
+          op.sent + (b_width + state_column + vector * kPer16) * static_cast<int>(sizeof(T));
+      const int end = vector * kPer16 < ds ? rows : 0;
 #pragma unroll 1
-    for (int first = 0; first < ds; first += 32 * kBlocksAhead) {
+      for (int first = tid >> shift; first < end; first += kBatch * (kHalf >> shift)) {
+        uint4 v[kBatch];
+        bool unsent;
+        do {
+          unsent = false;
 #pragma unroll
-      for (int i = 0; i < kBlocksAhead; ++i) {
-        const int n = first + i * 32;
-        if (n >= ds) break;
-        if (first > 0) {
-          do {
-            b[i].LoadSent(from + n, there);
-          } while (new_ones && b[i].Unsent());
-        }
-        FragmentB<T> second[2];
-        SetSecond(second, b[i]);
+          for (int k = 0; k < kBatch; ++k) {
+            const int r = first + k * (kHalf >> shift);
+            v[k] = LoadSentBits(from + r * op.sent_bytes, r < end);
+          }
 #pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) {
-          AddRowProducts<kRows == 8>(scores[m], second,
-                                     c + (m * 16 + octet) * c_stride + n + quad * 8,
-                                     c + (m * 16 + 8 + octet) * c_stride + n + quad * 8);
+          for (int k = 0; k < kBatch; ++k) unsent |= IsUnsent<T>(v[k]);
+        } while (unsent);
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          const int r = first + k * (kHalf >> shift);
+          if (r < end) *reinterpret_cast<uint4*>(c + r * c_stride + vector * kPer16) = v[k];
         }
       }
     }
-  };
-  float pending_scores[kRowBlocks][4] = {}, ring_scores[kRowBlocks][4] = {};
-  if (kRing + warp * 8 < end_rows) {
-    add_scores(pending_scores, pending_from, has_pending, receives);
-  }
-  if (prefix > 0) {
-#pragma unroll
-    for (int k = 0; k < kBlocksAhead; ++k) b[k].LoadGlobal(ring_from + k * 32, k * 32 < ds);
-    add_scores(ring_scores, ring_from, true, false);
-  }
-
-  // The state term S C_i with the checkpoint that node i reads.
-  const bool one_checkpoint = nodes.first_checkpoint == nodes.last_checkpoint;
-  if (has_pair) {
+    ArriveWarps<kCHereBarrier, kEarly>();
+    SyncWarps<kTermBarrier, kHalf>();
+    const bool one_checkpoint = nodes.first_checkpoint == nodes.last_checkpoint;
 #pragma unroll 1
-    for (int position = nodes.first_checkpoint; position <= nodes.last_checkpoint;
-         position += kSegment) {
-      float term[kTermTiles][4] = {};
-      if (position != nodes.first_checkpoint) load_state(position, 0, ahead[0]);
+    for (int position = nodes.first_checkpoint;
+         groups_left > 0 && position <= nodes.last_checkpoint; position += kSegment) {
+      float term[kRowTiles][4] = {};
+      if (position != nodes.first_checkpoint) {
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) load_state(position, k, s[k]);
+      }
 #pragma unroll 1
       for (int block = 0; block * 32 < ds; ++block) {
-        load_state(position, block + 1, ahead[1]);
-        const StateBlock& s = ahead[0];
-        RowVector<T> from[kTermTiles];
-#pragma unroll
-        for (int i = 0; i < kTermTiles; ++i) {
-          from[i].Load(c + (half_rows * 32 + i * 8 + octet) * c_stride + block * 32 + quad * 8);
-        }
+        FragmentA<float> fa[2];
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
-          FragmentA<float> fa;
-          SetPair(fa, 0, s.v[step][0].x, s.v[step][0].y);
-          SetPair(fa, 1, s.v[step][1].x, s.v[step][1].y);
-          SetPair(fa, 2, s.v[step][0].z, s.v[step][0].w);
-          SetPair(fa, 3, s.v[step][1].z, s.v[step][1].w);
+          SetPair(fa[step], 0, s[0].v[step][0].x, s[0].v[step][0].y);
+          SetPair(fa[step], 1, s[0].v[step][1].x, s[0].v[step][1].y);
+          SetPair(fa[step], 2, s[0].v[step][0].z, s[0].v[step][0].w);
+          SetPair(fa[step], 3, s[0].v[step][1].z, s[0].v[step][1].w);
+        }
 #pragma unroll
-          for (int i = 0; i < kTermTiles; ++i) {
+        for (int k = 0; k + 1 < kAhead; ++k) s[k] = s[k + 1];
+        load_state(position, block + kAhead, s[kAhead - 1]);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          RowVector<T> from;
+          from.Load(c + (i * 8 + octet) * c_stride + block * 32 + quad * 8);
+#pragma unroll
+          for (int step = 0; step < 2; ++step) {
             FragmentB<T> fb;
-            from[i].Set(fb, 0, step, 0);
-            from[i].Set(fb, 1, step, 1);
-            Multiply(term[i], fa, fb);
-          }
-        }
-        ahead[0] = ahead[1];
-      }
-      float* to = terms + pair * 16 + octet;
-#pragma unroll
-      for (int i = 0; i < kTermTiles; ++i) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = half_rows * 32 + i * 8 + quad * 2 + e % 2;
-          const bool wanted =
-              one_checkpoint || (row < rows && nodes.checkpoint[row] == position);
-          if (wanted && pair * 2 + e / 2 < tile.groups) {
-            to[row * layout.stride + e / 2 * kGroup] = term[i][e];
+            from.Set(fb, 0, step, 0);
+            from.Set(fb, 1, step, 1);
+            Multiply(term[i], fa[step], fb);
           }
         }
       }
-    }
-  }
-  SyncWarps<kBarrier, kEarly>();
-
-  // weights[i][position of j - checkpoint of i] = exp(difference of log decays) * score. Across
-  // the segment boundary the first segment's rest and the node's own part are added.
-  const auto weigh = [&](const float(&scores)[kRowBlocks][4], int first_stored) {
-    int positions[2];  // of the lane's two stored rows, -1: none
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int j = first_stored + quad * 2 + half;
-      int position = -1;
-      if (j < kRing) {
-        // The latest position of the prefix that has this place in the ring.
-        position = (prefix - 1) / kRing * kRing + j;
-        if (position >= prefix) position -= kRing;
-        if (prefix == 0) position = -1;
-      } else if (j < end_rows) {
-        position = prefix + nodes.depth[j - kRing];
-      }
-      positions[half] = position;
-    }
-#pragma unroll 1
-    for (int h = 0; h < tile.heads; ++h) {
-      const float* decays = decay + h * kDecays;
+      float* to = terms + warp * 2 * kGroup + octet;
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
-        const int row = i * 8 + octet;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = i * 8 + quad * 2 + e % 2;
+          const bool wanted = one_checkpoint || (row < rows && nodes.checkpoint[row] == position);
+          if (wanted && e / 2 < groups_left) to[row * layout.stride + e / 2 * kGroup] = term[i][e];
+        }
+      }
+    }
+  } else {
+    const int thread = tid - kHalf;
+    if (kFew) {
+      ready();
+      SendColumns<T, kScoreBarrier, kHalf>(op, nodes, store, factors, thread, sent_conv, sent_raw);
+    }
+    if (!has_tile) return;
+    // Eight stored rows of B a warp at a time: of the prefix, then pending ones.
+    constexpr int kRingGroups = kRing / 8;
+    RowVector<T> b[kBlocksAhead];
+    const auto row_at = [&](int group) {
+      const int j = group * 8 + octet;
+      const T* sent = reinterpret_cast<const T*>(op.sent + (j - new_rows) * op.sent_bytes);
+      return (j >= new_rows ? sent : store.b + j * b_width) + (state_column + quad * 8);
+    };
+    const auto load_rows = [&](int group) {
+      const T* from = row_at(group);
+      const bool there = group * 8 + octet < end_rows;
+#pragma unroll
+      for (int k = 0; k < kBlocksAhead; ++k) b[k].LoadSent(from + k * 32, there && k * 32 < ds);
+    };
+    // Of the prefix those that no node reads are left out.
+    const int ring_first = nodes.first_checkpoint % kRing / 8;
+    const int ring_groups = (prefix - nodes.first_checkpoint + 7) / 8;
+    const int all_groups = ring_groups + (end_rows - kRing + 7) / 8;
+    const auto group_of = [&](int i) {
+      return i < ring_groups ? (ring_first + i) % kRingGroups : kRingGroups + i - ring_groups;
+    };
+    if (warp < all_groups) load_rows(group_of(warp));
+    {
+      const int item = thread ^ (kHalf - 1), row = item / kMostTileHeads, h = item % kMostTileHeads;
+      if (row < rows && h < tile.heads) {
+        const float* from = reinterpret_cast<const float*>(
+            op.sent + row * op.sent_bytes + 2 * b_width * static_cast<int>(sizeof(T)) +
+            (tile.first_head + h) * 4);
+        float dt;
+        do {
+          dt = LoadSent(from);
+        } while (IsUnsent(dt));
+        dts[h * kRows + row] = dt;
+      }
+    }
+    SyncWarps<kScoreBarrier, kHalf>();
+
+    // Log decays along the path, each from the start of its aligned segment, and the one at the end
+    // of the segment before the node's: a row and head a thread, few of each warp.
+    {
+      const int item = kHalfWarps - 1 - warp + lane * kHalfWarps;
+      const int row = item / kMostTileHeads, h = item % kMostTileHeads;
+      if (row < rows && h < tile.heads) {
+        float* decays = decay + h * kDecays;
+        const int t = nodes.position[row], start = nodes.checkpoint[row];
+        const int segment = t / kSegment * kSegment;
+        const float a = d_and_a[h * 2 + 1];
+        const int from = max(start, prefix);
+        float l = start < prefix ? decays[(prefix - 1) % kRing] : 0.0f;
+        float at_boundary =
+            segment > start && segment < prefix ? decays[(segment - 1) % kRing] : 0.0f;
+        const uint8_t* path = nodes.path[row] - prefix;
+#pragma unroll 1
+        for (int position = from; position <= t; ++position) {
+          // Of the earlier pending nodes the stored value is the sum so far.
+          const int node = path[position] - nodes.first_pending;
+          const float stored_l = decays[node < 0 ? new_rows + node : 0];
+          if (position == segment && segment > start) at_boundary = l;
+          const float next =
+              fmaf(dts[h * kRows + max(node, 0)], a, position % kSegment == 0 ? 0.0f : l);
+          l = node < 0 ? stored_l : next;
+        }
+        decays[new_rows + row] = l;
+        boundary[h * kRows + row] = at_boundary;
+        // The block with a head's first channels stores it.
+        if (h > 0 || tile.first_group % op.HeadGroups() == 0) {
+          store.l[(new_rows + row) * op.heads + tile.first_head + h] = l;
+        }
+      }
+    }
+    SyncWarps<kCHereBarrier, kEarly>();
+
+    // Scores C_i . B_j, and weights[i][position of j - checkpoint of i] = exp(difference of log
+    // decays) * score. Across the segment boundary the first segment's rest and the node's own part
+    // are added.
+    constexpr int kRowBlocks = (kRows + 15) / 16;
+#pragma unroll 1
+    for (int i = warp; i < all_groups; i += kHalfWarps) {
+      const int group = group_of(i);
+      const T* from = row_at(group);
+      const bool there = group * 8 + octet < end_rows;
+      float scores[kRowBlocks][4] = {};
+#pragma unroll 1
+      for (int first = 0; first < ds; first += 32 * kBlocksAhead) {
+        const auto load = [&] {
+#pragma unroll
+          for (int k = 0; k < kBlocksAhead; ++k) {
+            b[k].LoadSent(from + first + k * 32, there && first + k * 32 < ds);
+          }
+        };
+        const auto unsent = [&] {
+          bool is = false;
+#pragma unroll
+          for (int k = 0; k < kBlocksAhead; ++k) is |= b[k].Unsent();
+          return is && group * 8 + octet >= new_rows;
+        };
+        if (first > 0) load();
+        while (unsent()) load();
+        FragmentB<T> second[kBlocksAhead][2];
+#pragma unroll
+        for (int k = 0; k < kBlocksAhead; ++k) SetSecond(second[k], b[k]);
+        if (first + 32 * kBlocksAhead >= ds && i + kHalfWarps < all_groups) {
+          load_rows(group_of(i + kHalfWarps));
+        }
+#pragma unroll
+        for (int k = 0; k < kBlocksAhead; ++k) {
+          const int n = first + k * 32;
+          if (n >= ds) break;
+#pragma unroll
+          for (int m = 0; m < kRowBlocks; ++m) {
+            AddRowProducts<kRows == 8>(scores[m], second[k],
+                                       c + (m * 16 + octet) * c_stride + n + quad * 8,
+                                       c + (m * 16 + 8 + octet) * c_stride + n + quad * 8);
+          }
+        }
+      }
+      int positions[2];  // of the lane's two stored rows, -1: none
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int j = group * 8 + quad * 2 + half;
+        int position = -1;
+        if (j < kRing) {
+          // The latest position of the prefix that has this place in the ring.
+          position = (prefix - 1) / kRing * kRing + j;
+          if (position >= prefix) position -= kRing;
+        } else if (j < end_rows) {
+          position = prefix + nodes.depth[j - kRing];
+        }
+        positions[half] = position;
+      }
+#pragma unroll
+      for (int n = 0; n < kRowTiles; ++n) {
+        const int row = n * 8 + octet;
         if (row >= rows) continue;
         const int start = nodes.checkpoint[row];
         const int segment = nodes.position[row] / kSegment * kSegment;
-        const float node_decay = decays[new_rows + row];
-        const float at_boundary = boundary[h * kRows + row];
         const uint64_t mask = nodes.path_mask[row];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int position = positions[half];
-          const int j = first_stored + quad * 2 + half;
+          const int j = group * 8 + quad * 2 + half;
           const bool on_path = j < kRing || (mask >> ((j - kRing) & 63) & 1) != 0;
           if (position < start || !on_path) continue;
-          const float exponent = position < segment ? (at_boundary - decays[j]) + node_decay
-                                                    : node_decay - decays[j];
-          weights[(h * kRows + row) * kWeightStride + position - start] =
-              scores[i / 2][i % 2 * 2 + half] * expf(exponent);
+          const float score = scores[n / 2][n % 2 * 2 + half];
+#pragma unroll 1
+          for (int h = 0; h < tile.heads; ++h) {
+            const float* decays = decay + h * kDecays;
+            const float node_decay = decays[new_rows + row];
+            const float exponent = position < segment
+                                       ? (boundary[h * kRows + row] - decays[j]) + node_decay
+                                       : node_decay - decays[j];
+            weights[(h * kRows + row) * kWeightStride + position - start] = score * expf(exponent);
+          }
         }
       }
     }
-  };
-  weigh(ring_scores, warp * 8);
-  if (kRing + warp * 8 < end_rows) weigh(pending_scores, kRing + warp * 8);
-  SyncWarps<kBarrier, kEarly>();
+  }
+  SyncWarps<kAllBarrier, kEarly>();
 
   // The state term's decay, and the path sum over the prefix, whose rows nodes share: of more than
   // 32 rows a thread has two.
@@ -740,21 +791,50 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   }
 }
 
-// The rest, by all computing threads, once the product and ScanEarly are done. sums: the tile's, as
-// the product leaves them.
+// x before the convolution, and the gates, of the tile's sums as the product leaves them: a warp has
+// a block of 16 outputs, x, and 8 further z, of channel lane / 4 of its group.
 template <typename T, int kRowTiles>
-__device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& nodes,
-                                         const LayerStore<T>& store, const float* factors,
+__device__ __forceinline__ void KeepTile(const ScanOp& op, int rows, const float* factors,
                                          char* work, const ScanTile& tile,
                                          const float (&sums)[kRowTiles][4]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
+  if (warp >= tile.groups) return;
+  const ScanLayout<T> layout(8 * kRowTiles, op.padded_d_state, op.sent_columns,
+                             op.tile_groups * kGroup);
+  const int channel = warp * kGroup + lane / 4;
+  float* raw = reinterpret_cast<float*>(work + layout.raw) + channel;
+  float* gates = reinterpret_cast<float*>(work + layout.gate) + channel;
+  float bias[2] = {0.0f, 0.0f};
+  if (op.tile_bias != nullptr) {
+    const int at = (static_cast<int>(blockIdx.x) * op.tile_groups + warp) * 2 * kGroup + lane / 4;
+    bias[0] = LoadWeight(op.tile_bias + at);
+    bias[1] = LoadWeight(op.tile_bias + at + kGroup);
+  }
+#pragma unroll
+  for (int n = 0; n < kRowTiles; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int row = n * 8 + quad * 2 + c;
+      if (row >= rows) continue;
+      const float factor = factors[row];
+      raw[row * layout.stride] = fmaf(factor, sums[n][c], bias[0]);
+      gates[row * layout.stride] = Silu(fmaf(factor, sums[n][2 + c], bias[1]));
+    }
+  }
+}
+
+// The rest, by all computing threads, once that is done and ScanEarly.
+template <typename T, int kRowTiles>
+__device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& nodes,
+                                         const LayerStore<T>& store, char* work,
+                                         const ScanTile& tile) {
   constexpr int kRows = 8 * kRowTiles;
   constexpr int kVec = kRows < 32 ? kRows / 8 : 4;  // channels of an item
-  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, quad = lane % 4, octet = lane / 4;
-  const int channels = op.tile_groups * kGroup;
+  const int tid = threadIdx.x, channels = op.tile_groups * kGroup;
   const ScanLayout<T> layout(kRows, op.padded_d_state, op.sent_columns, channels);
   const int stride = layout.stride;
-  float* raw = reinterpret_cast<float*>(work + layout.raw);
-  float* gates = reinterpret_cast<float*>(work + layout.gate);
+  const float* raw = reinterpret_cast<const float*>(work + layout.raw);
+  const float* gates = reinterpret_cast<const float*>(work + layout.gate);
   float* xs = reinterpret_cast<float*>(work + layout.x);
   float* pending_u = reinterpret_cast<float*>(work + layout.pending_u);
   float* squares = reinterpret_cast<float*>(work + layout.squares);
@@ -767,29 +847,6 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
   const float* d_and_a = decay + kMostTileHeads * kDecays;
   const int rows = nodes.rows, prefix = nodes.prefix, width = op.heads * op.padded_head;
   const int new_rows = kRing + nodes.first_pending;
-
-  // A warp has a block of 16 outputs: x, and 8 further z, of channel lane / 4 of its group.
-  if (warp < tile.groups) {
-    const int channel = warp * kGroup + octet;
-    float bias[2] = {0.0f, 0.0f};
-    if (op.tile_bias != nullptr) {
-      const int at = (static_cast<int>(blockIdx.x) * op.tile_groups + warp) * 2 * kGroup + octet;
-      bias[0] = LoadWeight(op.tile_bias + at);
-      bias[1] = LoadWeight(op.tile_bias + at + kGroup);
-    }
-#pragma unroll
-    for (int n = 0; n < kRowTiles; ++n) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int row = n * 8 + quad * 2 + c;
-        if (row >= rows) continue;
-        const float factor = factors[row];
-        raw[row * stride + channel] = fmaf(factor, sums[n][c], bias[0]);
-        gates[row * stride + channel] = Silu(fmaf(factor, sums[n][2 + c], bias[1]));
-      }
-    }
-  }
-  SyncThreads<kConsumers>();
 
   // Convolution along ancestors, and u.
   const int each = channels / kVec;
@@ -930,18 +987,27 @@ __device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const
                                      const LayerStore<T>& store, const FirstActs& first_acts,
                                      const Ring& ring, RingPlace* place, const float* factors,
                                      char* work, const ScanTile& tile, const Ready& ready) {
+  constexpr int kProductBarrier = 7;
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  float sums[kRowTiles][4] = {};
+  const int units = __shfl_sync(0xffffffffu, in.TileUnits(), 0);
+  const bool has_tile = static_cast<int>(blockIdx.x) < op.Tiles();
   AwaitActs<T, kRowTiles>(in, first_acts, nodes.rows, ring, *place, nullptr);
-  if (group < __shfl_sync(0xffffffffu, in.TileUnits(), 0)) {
+  if (group < units) {
+    float sums[kRowTiles][4] = {};
     ConsumeMatmul<T, kRowTiles, /*kOwn=*/true>(in, nodes.rows, ring, place, nullptr, sums);
+    if (has_tile) {
+      // The product's activations are used up.
+      SyncWarps<kProductBarrier>(units * 128);
+      ready();
+      KeepTile<T, kRowTiles>(op, nodes.rows, factors, work, tile, sums);
+    }
   }
   if (group >= (kConsumerWarps - kEarlyWarps) / 4) {
     ScanEarly<T, kRowTiles>(op, nodes, store, factors, work, tile, ready);
   }
-  if (static_cast<int>(blockIdx.x) >= op.Tiles()) return;
+  if (!has_tile) return;
   SyncThreads<kConsumers>();
-  ScanLate<T, kRowTiles>(op, nodes, store, factors, work, tile, sums);
+  ScanLate<T, kRowTiles>(op, nodes, store, work, tile);
 }
 
 // One warp: brings what a block's part of a scan reads of earlier passes into the cache.

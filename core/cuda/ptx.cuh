@@ -226,6 +226,15 @@ template <int kBarrier, int kThreads>
 __device__ inline void SyncWarps() {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
 }
+template <int kBarrier>
+__device__ inline void SyncWarps(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+}
+// Counts as one of them and goes on.
+template <int kBarrier, int kThreads>
+__device__ inline void ArriveWarps() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
 template <int kThreads>
 __device__ inline void SyncThreads() {
   SyncWarps<1, kThreads>();

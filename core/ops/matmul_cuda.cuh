@@ -488,7 +488,7 @@ __device__ inline void HelpRowFactors(const RowNorm& norm, int rows, int warp, i
                                       float* factors) {
   const int lane = threadIdx.x % 32;
   if (norm.count <= 32) {
-    HelpRows<8>(norm, rows, warp, warps, factors, [&](int row) {
+    HelpRows<16>(norm, rows, warp, warps, factors, [&](int row) {
       return LoadNew(norm.squares + row * norm.count + lane, lane < norm.count);
     });
   } else {
