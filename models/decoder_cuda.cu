@@ -245,6 +245,7 @@ class CudaDecoder final : public CudaModel {
   struct Product {
     const DeviceMatrix* matrix;
     ProductShape shape;
+    bool whole = true;  // not a part of the one before it
   };
   std::vector<Product> AllProducts() const;
 
@@ -277,7 +278,8 @@ class CudaDecoder final : public CudaModel {
 
   // Weights of one block on the device.
   struct Layer {
-    DeviceMatrix in, out, gate_up, down;  // in: in_proj or q, k and v
+    std::vector<DeviceMatrix> in;  // q, k and v, or in_proj, for each operator of a scan
+    DeviceMatrix out, gate_up, down;
     const float* norm = nullptr;
     const float* mlp_norm = nullptr;
     const float* in_bias = nullptr;
@@ -530,18 +532,18 @@ absl::Status CudaDecoder<T>::PrepareScan(const SsdSpec& ssd, int layer, cuda::Sc
     return unsupported(absl::StrCat(ssd.norm_groups, " norm groups do not divide ", ssd.heads,
                                     " heads, which the CUDA kernels need"));
   }
-  // A tile a block, of as few channels as that takes, of at most two heads.
+  // As few channels a block as that takes, in one operator or some, of at most two heads a tile.
   const int blocks = cuda_.multiprocessors(), head_groups = scan->HeadGroups();
-  const int most = std::min(cuda::kMostGroups, head_groups + 1);
   const int groups = ssd.heads / ssd.groups * head_groups;
-  do {
-    ++scan->tile_groups;
-    scan->tiles_of_group = (groups + scan->tile_groups - 1) / scan->tile_groups;
-  } while (scan->Tiles() > blocks && scan->tile_groups < most);
-  if (scan->Tiles() > blocks) {
-    return unsupported(absl::StrCat(ssd.heads, " heads of ", ssd.head_dim, " channels on ", blocks,
-                                    " multiprocessors, which take at most ", most * cuda::kGroup,
-                                    " channels each"));
+  int best = INT_MAX;
+  for (int tile_groups = 1; tile_groups <= std::min(cuda::kMostGroups, head_groups + 1);
+       ++tile_groups) {
+    const int tiles = (groups + tile_groups - 1) / tile_groups;
+    const int operators = (ssd.groups * tiles + blocks - 1) / blocks;
+    if (operators * (tile_groups + 1) >= best) continue;
+    best = operators * (tile_groups + 1);
+    scan->tile_groups = tile_groups;
+    scan->tiles_of_group = tiles;
   }
   for (int of = 0; of < ssd.norm_groups; ++of) {
     const int each = ssd.heads / ssd.norm_groups * head_groups;
@@ -612,8 +614,10 @@ absl::Status CudaDecoder<T>::Prepare() {
                                            " columns to a head of keys, more than fit"));
       }
       const Columns out{attention->heads * attention->head_dim, 1};
-      ASSIGN_OR_RETURN(layer.in, Upload(attention->qkv, hidden_columns,
-                                        Plan(attention->qkv.out_features(), hidden_columns)));
+      ASSIGN_OR_RETURN(DeviceMatrix qkv,
+                       Upload(attention->qkv, hidden_columns,
+                              Plan(attention->qkv.out_features(), hidden_columns)));
+      layer.in.push_back(std::move(qkv));
       ASSIGN_OR_RETURN(layer.out, Upload(attention->out, out, Plan(hidden, out)));
       ASSIGN_OR_RETURN(layer.in_bias, Upload(attention->qkv_bias));
       ASSIGN_OR_RETURN(layer.out_bias, Upload(attention->out_bias, padded_hidden));
@@ -630,26 +634,32 @@ absl::Status CudaDecoder<T>::Prepare() {
       const std::vector<int> inner = PaddedParts(0, ssd.heads, ssd.head_dim, scan.padded_head);
       const int states = 2 * ssd.groups * ssd.d_state, early = states + ssd.heads;
       // Of in_proj: B, C and dt, then tiles of x and z.
-      const cuda::MatmulOp own =
-          PlanOwn(early, scan.Tiles(), scan.tile_groups, hidden_columns);
-      std::vector<int> outputs = PaddedParts(2 * ssd.inner(), 1, early, own.early_tiles * 16);
-      ASSIGN_OR_RETURN(scan.in_bias, Upload(Placed(ssd.in_proj_bias, outputs)));
-      std::vector<int> tiles;
-      for (int tile = 0; tile < scan.Tiles(); ++tile) {
-        for (int g = 0; g < scan.tile_groups; ++g) {
-          for (const int first : {ssd.inner(), 0}) {  // x, z
-            for (int k = 0; k < cuda::kGroup; ++k) {
-              const int z = g < scan.GroupsOf(tile)
-                                ? inner[(scan.FirstGroup(tile) + g) * cuda::kGroup + k]
-                                : -1;
-              tiles.push_back(z < 0 ? -1 : first + z);
+      ASSIGN_OR_RETURN(scan.in_bias,
+                       Upload(Placed(ssd.in_proj_bias, PaddedParts(2 * ssd.inner(), 1, early, early))));
+      std::vector<int> tile_outputs;
+      const int blocks = cuda_.multiprocessors();
+      for (int first = 0; first < scan.Tiles(); first += blocks) {
+        const int tiles = std::min(blocks, scan.Tiles() - first);
+        const cuda::MatmulOp own =
+            PlanOwn(first == 0 ? early : 0, tiles, scan.tile_groups, hidden_columns);
+        std::vector<int> outputs =
+            PaddedParts(2 * ssd.inner(), 1, first == 0 ? early : 0, own.early_tiles * 16);
+        for (int tile = first; tile < first + tiles; ++tile) {
+          for (int g = 0; g < scan.tile_groups; ++g) {
+            for (const int x_or_z : {ssd.inner(), 0}) {
+              for (int k = 0; k < cuda::kGroup; ++k) {
+                const int channel = (scan.FirstGroup(tile) + g) * cuda::kGroup + k;
+                const int z = g < scan.GroupsOf(tile) ? inner[channel] : -1;
+                tile_outputs.push_back(z < 0 ? -1 : x_or_z + z);
+                outputs.push_back(tile_outputs.back());
+              }
             }
           }
         }
+        ASSIGN_OR_RETURN(DeviceMatrix in, Upload(ssd.in_proj, hidden_columns, own, outputs));
+        layer.in.push_back(std::move(in));
       }
-      ASSIGN_OR_RETURN(scan.tile_bias, Upload(Placed(ssd.in_proj_bias, tiles)));
-      Append(tiles, &outputs);
-      ASSIGN_OR_RETURN(layer.in, Upload(ssd.in_proj, hidden_columns, own, outputs));
+      ASSIGN_OR_RETURN(scan.tile_bias, Upload(Placed(ssd.in_proj_bias, tile_outputs)));
       std::vector<int> channels = inner;
       Append(PaddedParts(ssd.inner(), 1, states, scan.channels - static_cast<int>(inner.size())),
              &channels);
@@ -882,15 +892,15 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   T* const hidden_acts[2] = {at.act_hidden[bucket], at.acts[bucket]};
   T* const mixed_acts[2] = {at.acts[bucket] + hidden_elements,
                             at.acts[bucket] + hidden_elements + mixed_elements};
-  int sums_place = 0, hidden_place = 0, mixed_place = 0, scans = 0;
-  // The product of the next operator.
+  int sums_place = 0, hidden_place = 0, mixed_place = 0, other_sent = 0, scans = 0;
+  // The product of the next operator; `last` of those that read their input.
   const auto product = [&](const DeviceMatrix& matrix, T* act, float* out,
-                           const cuda::RowNorm& norm) {
+                           const cuda::RowNorm& norm, bool last = true) {
     cuda::MatmulOp op = matrix.op;
     op.act = act;
     op.out = out;
     op.norm = norm;
-    if (sends_acts) {
+    if (sends_acts && last) {
       used_up.push_back({ops.size() + 2, act, size_t{1} * rows * op.k_steps * 16 * sizeof(T)});
     }
     shapes.resize(ops.size());
@@ -942,7 +952,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     T* const mixed = mixed_acts[other(&mixed_place)];
     cuda::RowNorm out_norm;
     if (const auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
-      const cuda::Partials in = matmul(layer.in, hidden_act, in_sums, {});
+      const cuda::Partials in = matmul(layer.in[0], hidden_act, in_sums, {});
       cuda::Op op;
       op.layer = static_cast<int>(i);
       op.attention = {attention->heads,
@@ -975,17 +985,24 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       op.layer = static_cast<int>(i);
       cuda::ScanOp& scan = op.ssd.scan;
       op.kind = cuda::OpKind::kScan;
-      op.ssd.in = product(layer.in, hidden_act, in_sums, {});
       scan = layer.scan;
-      scan.number = scans++;
-      scan.partials = layer.in.Sums(in_sums);
+      scan.partials = layer.in[0].Sums(in_sums);
       scan.act = mixed;
       scan.squares = at.scan_squares;
-      scan.sent = at.scan_sent[scan.number % 2];
+      scan.sent = at.scan_sent[other_sent = 1 - other_sent];
       op.norm = hidden_norm(block.norm.eps);
       op.barrier = !sends_acts || ssd.norm_groups > 1;
-      used_up.push_back({ops.size() + 2, scan.sent, size_t{1} * rows * scan.sent_bytes});
-      ops.push_back(op);
+      for (const DeviceMatrix& in : layer.in) {
+        const bool last = &in == &layer.in.back();
+        op.ssd.in = product(in, hidden_act, in_sums, {}, last);
+        scan.tiles = in.op.blocks / in.op.tile_blocks;
+        scan.number = scans++;
+        if (last) {
+          used_up.push_back({ops.size() + 2, scan.sent, size_t{1} * rows * scan.sent_bytes});
+        }
+        ops.push_back(op);
+        scan.first_tile += scan.tiles;
+      }
       out_norm = {at.scan_squares, scan_squares_ / ssd.norm_groups, ssd.norm_groups,
                   static_cast<float>(ssd.norm_groups) / static_cast<float>(ssd.inner()),
                   ssd.norm_eps};
@@ -1042,7 +1059,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
           (sends_acts && ops[i].product()->norm.squares == nullptr));
     // What is brought into shared memory for a scan.
     CHECK(!scan || ops[i - 1].kind == cuda::OpKind::kEmbed ||
-          ops[i - 1].kind == cuda::OpKind::kResidual);
+          ops[i - 1].kind == cuda::OpKind::kResidual || ops[i - 1].kind == cuda::OpKind::kScan);
     CHECK(i + 4 < ops.size() || ops[i].barrier != 0);
   }
   SetTurns(&ops, sends_acts);
@@ -1462,11 +1479,13 @@ std::vector<typename CudaDecoder<T>::Product> CudaDecoder<T>::AllProducts() cons
     const Layer& layer = layers_[i];
     const BlockSpec& block = spec_.blocks[i];
     if (const auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
-      products.push_back({&layer.in, {attention->qkv.out_features(), hidden}});
+      products.push_back({&layer.in[0], {attention->qkv.out_features(), hidden}});
       products.push_back({&layer.out, {hidden, attention->heads * attention->head_dim}});
     } else {
       const SsdSpec& ssd = std::get<SsdSpec>(block.mixer);
-      products.push_back({&layer.in, {ssd.in_proj.out_features(), hidden}});
+      for (const DeviceMatrix& in : layer.in) {
+        products.push_back({&in, {ssd.in_proj.out_features(), hidden}, &in == &layer.in[0]});
+      }
       products.push_back({&layer.out, {hidden, ssd.inner()}});
     }
     if (block.mlp) {
@@ -1509,7 +1528,7 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(const ProductSha
   while (ops.size() < 64) {
     for (const Product& p : all) {
       if (!SameShape(p.shape, shape)) continue;
-      ++products;
+      products += p.whole;
       cuda::Op op;
       op.kind = cuda::OpKind::kMatmul;
       op.matmul = p.matrix->op;

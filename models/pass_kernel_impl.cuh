@@ -234,6 +234,12 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
     char* op_at = shared + Layout::kNextAt + i % 2 * Layout::kTurn;
     char* store_at = op_at + Layout::kOp;
     const Op& op = *reinterpret_cast<const Op*>(op_at);
+    const Op& running =
+        *reinterpret_cast<const Op*>(shared + Layout::kNextAt + (i + 1) % 2 * Layout::kTurn);
+    const auto stage = [&] {
+      StageScan<T, kRowTiles>(op.ssd.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at),
+                              &signals.tile, shared + Layout::kFixed);
+    };
     // The description is fetched before there is place for it.
     Description<Op> next_op;
     Description<LayerStore<T>> next_store;
@@ -245,6 +251,7 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
       }
     }
     if (i >= 2) signals.finished.Wait(i - 2);
+    const bool scans = kSsd && i > 0 && running.kind == OpKind::kScan;
     if (helper == 0) {
       // In this place still stands operator i - 2. After a barrier all know that it is done.
       const int counter = op.counter, turn = i >= 2 && op.barrier == 0 ? op.turn : 0;
@@ -269,16 +276,15 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
     } else {
       if (i == arguments.op_count) break;
       signals.copied.Wait(i);
+      const bool waits = kSsd && op.kind == OpKind::kScan;
       if (SendsActs(8 * kRowTiles) && op.product() != nullptr && lane == 0) {
         ListActs<T>(*op.product(), kRowTiles,
                     reinterpret_cast<FirstActs*>(store_at + Layout::kStore));
       }
-      if (kSsd && op.kind == OpKind::kScan) {
+      if (waits && !scans) {
         // What a commit moves is read behind the first operator's barrier.
         if (i == 1) signals.finished.Wait(0);
-        StageScan<T, kRowTiles>(op.ssd.scan, nodes,
-                                *reinterpret_cast<const LayerStore<T>*>(store_at), &signals.tile,
-                                shared + Layout::kFixed);
+        stage();
       }
       if (kAttention && op.kind == OpKind::kAttentionInputs) {
         const LayerStore<T>& store = *reinterpret_cast<const LayerStore<T>*>(store_at);
@@ -288,15 +294,16 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
     }
     // A scan's factors are of what all blocks did in the operator before it, and so are made while
     // it runs.
-    const Op& running =
-        *reinterpret_cast<const Op*>(shared + Layout::kNextAt + (i + 1) % 2 * Layout::kTurn);
-    const bool scans = kSsd && i > 0 && running.kind == OpKind::kScan;
     const bool waits = kSsd && op.kind == OpKind::kScan;
     if (scans || (op.norm.squares != nullptr && !waits)) {
       HelpRowFactors(scans ? running.norm : op.norm, nodes.rows, helper, kHelpers, factors);
     }
     __syncwarp();
     if (scans && lane == 0) signals.factored.Arrive(running.ssd.scan.number);
+    if (scans && waits && helper == 1) {
+      signals.finished.Wait(i - 1);
+      stage();
+    }
     if (waits && helper == 0) {
       PrefetchScan<T>(op.ssd.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at));
     }

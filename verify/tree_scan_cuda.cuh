@@ -52,7 +52,11 @@ struct ScanOp {
   int vector_shift = 0;    // 1 << this: 16-byte vectors of a row of C, or more
   int tile_groups = 0;
   int tiles_of_group = 0;  // of heads
-  int number = 0;          // of the scan in its pass
+  // Tiles of this operator, one a block: where there are more than blocks, several operators of a
+  // layer have some each, and the first one sends B, C and dt.
+  int first_tile = 0;
+  int tiles = 0;
+  int number = 0;          // of the operator among the scans of its pass
   Partials partials;       // of early columns
   const float* in_bias = nullptr;      // of early columns
   const float* tile_bias = nullptr;    // [tiles][tile_groups][x, z][kGroup]
@@ -323,8 +327,17 @@ struct Vector {
   }
 };
 
+// Of the operator's tiles; not every block has one.
+__device__ inline bool HasTile(const ScanOp& op) {
+  return static_cast<int>(blockIdx.x) < op.tiles;
+}
+__device__ inline int TileOfBlock(const ScanOp& op) {
+  return op.first_tile + static_cast<int>(blockIdx.x);
+}
+
 // One warp.
-__device__ inline void SetTile(const ScanOp& op, int task, ScanTile* tile) {
+__device__ inline void SetTile(const ScanOp& op, ScanTile* tile) {
+  const int task = TileOfBlock(op);
   const int lane = threadIdx.x % 32, per_head = op.HeadGroups();
   const int first = op.FirstGroup(task), groups = op.GroupsOf(task);
   if (lane == 0) {
@@ -405,9 +418,11 @@ __device__ inline void StageScan(const ScanOp& op, const PassNodes& nodes,
                                  const LayerStore<T>& store, ScanTile* tile, char* work) {
   const ScanLayout<T> layout(8 * kRowTiles, op.padded_d_state, op.sent_columns,
                              op.tile_groups * kGroup);
-  StageColumns(op, store, reinterpret_cast<float*>(work + layout.sent_conv));
-  if (static_cast<int>(blockIdx.x) >= op.Tiles()) return;
-  SetTile(op, blockIdx.x, tile);
+  if (op.first_tile == 0) {
+    StageColumns(op, store, reinterpret_cast<float*>(work + layout.sent_conv));
+  }
+  if (!HasTile(op)) return;
+  SetTile(op, tile);
   StageTile(op, nodes, store, *tile, layout, work);
 }
 
@@ -438,7 +453,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   const int new_rows = kRing + nodes.first_pending;  // stored rows before those of this pass
   const int end_rows = new_rows + rows;
   const int b_width = op.groups * ds, state_column = tile.state_group * ds;
-  const bool has_tile = static_cast<int>(blockIdx.x) < op.Tiles();
+  const bool has_tile = HasTile(op), sends = op.first_tile == 0;
   T* c = reinterpret_cast<T*>(work + layout.c);
   float* terms = reinterpret_cast<float*>(work + layout.terms);
   float* weights = reinterpret_cast<float*>(work + layout.weights);
@@ -449,7 +464,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   const float* d_and_a = decay + kMostTileHeads * kDecays;
   const float* sent_conv = reinterpret_cast<const float*>(work + layout.sent_conv);
   float* sent_raw = reinterpret_cast<float*>(work + layout.sent);
-  if (!kFew) {
+  if (!kFew && sends) {
     ready();
     SendColumns<T, kAllBarrier, kEarly>(op, nodes, store, factors, tid, sent_conv, sent_raw);
   }
@@ -550,7 +565,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
     }
   } else {
     const int thread = tid - kHalf;
-    if (kFew) {
+    if (kFew && sends) {
       ready();
       SendColumns<T, kScoreBarrier, kHalf>(op, nodes, store, factors, thread, sent_conv, sent_raw);
     }
@@ -806,7 +821,7 @@ __device__ __forceinline__ void KeepTile(const ScanOp& op, int rows, const float
   float* gates = reinterpret_cast<float*>(work + layout.gate) + channel;
   float bias[2] = {0.0f, 0.0f};
   if (op.tile_bias != nullptr) {
-    const int at = (static_cast<int>(blockIdx.x) * op.tile_groups + warp) * 2 * kGroup + lane / 4;
+    const int at = (TileOfBlock(op) * op.tile_groups + warp) * 2 * kGroup + lane / 4;
     bias[0] = LoadWeight(op.tile_bias + at);
     bias[1] = LoadWeight(op.tile_bias + at + kGroup);
   }
@@ -965,7 +980,7 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
   }
   SyncThreads<kConsumers>();
   if (tid < rows) {
-    const int task = blockIdx.x;
+    const int task = TileOfBlock(op);
     float* to = op.squares + tid * op.norm_groups * op.square_parts;
     float sum = 0.0f;
     int norm_group = -1;
@@ -990,7 +1005,7 @@ __device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const
   constexpr int kProductBarrier = 7;
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int units = __shfl_sync(0xffffffffu, in.TileUnits(), 0);
-  const bool has_tile = static_cast<int>(blockIdx.x) < op.Tiles();
+  const bool has_tile = HasTile(op);
   AwaitActs<T, kRowTiles>(in, first_acts, nodes.rows, ring, *place, nullptr);
   if (group < units) {
     float sums[kRowTiles][4] = {};
@@ -1014,8 +1029,9 @@ __device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const
 template <typename T>
 __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes,
                                     const LayerStore<T>& store) {
-  const int lane = threadIdx.x % 32, ds = op.padded_d_state, task = blockIdx.x;
-  if (task < op.Tiles()) {
+  const int lane = threadIdx.x % 32, ds = op.padded_d_state;
+  if (HasTile(op)) {
+    const int task = TileOfBlock(op);
     const int64_t first = static_cast<int64_t>(op.FirstGroup(task)) * kGroup * ds;
     const int bytes = op.GroupsOf(task) * kGroup * ds * 4;
 #pragma unroll 1
@@ -1031,7 +1047,7 @@ __device__ inline void PrefetchScan(const ScanOp& op, const PassNodes& nodes,
   // Rows of B, that all blocks read, are shared among them.
   const int row_bytes = op.groups * ds * static_cast<int>(sizeof(T));
 #pragma unroll 1
-  for (int r = task; r < kRing; r += gridDim.x) {
+  for (int r = blockIdx.x; r < kRing; r += gridDim.x) {
     const char* from = reinterpret_cast<const char*>(store.b) + r * row_bytes;
 #pragma unroll 1
     for (int at = lane * 128; at < row_bytes; at += 32 * 128) Prefetch(from + at);
