@@ -121,16 +121,18 @@ struct SharedLayout {
   static constexpr int kNodes = (sizeof(PassNodes) + 127) / 128 * 128;
   static constexpr int kOp = (sizeof(Op) + 15) / 16 * 16;
   static constexpr int kNodesAt = kRing + kSignals;
-  // The operator at hand, its layer's store and its first activations, and those of the operators
-  // that come next: two places in turn.
+  // The operator at hand, its layer's store and its first activations, and those of three operators,
+  // the next two among them, in turn.
   static constexpr int kStore = (sizeof(LayerStore<T>) + 15) / 16 * 16;
   static constexpr int kTurn = kOp + kStore + static_cast<int>(sizeof(FirstActs));
   static constexpr int kOpAt = kNodesAt + kNodes;
   static constexpr int kStoreAt = kOpAt + kOp;
   static constexpr int kFirstActsAt = kStoreAt + kStore;
   static constexpr int kNextAt = kOpAt + kTurn;
-  static constexpr int kFactorsAt = kNextAt + 2 * kTurn;
+  static constexpr int kFactorsAt = kNextAt + 3 * kTurn;
   static constexpr int kFixed = (kFactorsAt + kMaxRows * 4 + 127) / 128 * 128;
+
+  CANOPY_HOST_DEVICE static constexpr int TurnAt(int i) { return kNextAt + i % 3 * kTurn; }
 };
 
 // What mixes positions in a model's layers. A kernel has no code for what its model has not, since

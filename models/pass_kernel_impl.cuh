@@ -91,8 +91,7 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
   const auto take_op = [&](int i) {
     constexpr int kWords = Layout::kTurn / 4;
     static_assert(kWords <= kConsumers);
-    const uint32_t* from =
-        reinterpret_cast<const uint32_t*>(shared + Layout::kNextAt + i % 2 * Layout::kTurn);
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(shared + Layout::TurnAt(i));
     if (threadIdx.x < kWords) {
       reinterpret_cast<uint32_t*>(shared + Layout::kOpAt)[threadIdx.x] = from[threadIdx.x];
     }
@@ -219,9 +218,9 @@ struct Description {
 };
 
 // What the warps that help do: while an operator runs, they tell the other blocks that the one
-// before it is done, bring the next one's description into shared memory, wait for the other
-// blocks, make the factors of the rows whose sums the next one will read, or a scan that runs, and
-// bring what a scan reads of earlier passes into shared memory or into the cache.
+// before it is done, bring the description of the next but one into shared memory, wait for the
+// other blocks, make the factors of the rows whose sums the next one will read, or of the scan that
+// runs, and bring what a scan reads of earlier passes into shared memory or into the cache.
 template <typename T, int kRowTiles, int kMixers>
 __device__ __forceinline__ void Help(const PassArguments& arguments, const PassNodes& nodes,
                                      Signals& signals, char* shared) {
@@ -230,36 +229,51 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
   const int helper = threadIdx.x / 32 - kConsumerWarps - 2, lane = threadIdx.x % 32;
   float* factors = reinterpret_cast<float*>(shared + Layout::kFactorsAt);
   const Progress progress(arguments);
-  for (int i = 0; i <= arguments.op_count; ++i) {
-    char* op_at = shared + Layout::kNextAt + i % 2 * Layout::kTurn;
-    char* store_at = op_at + Layout::kOp;
-    const Op& op = *reinterpret_cast<const Op*>(op_at);
-    const Op& running =
-        *reinterpret_cast<const Op*>(shared + Layout::kNextAt + (i + 1) % 2 * Layout::kTurn);
-    const auto stage = [&] {
-      StageScan<T, kRowTiles>(op.ssd.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at),
-                              &signals.tile, shared + Layout::kFixed);
-    };
-    // The description is fetched before there is place for it.
-    Description<Op> next_op;
-    Description<LayerStore<T>> next_store;
-    if (helper == 0 && i < arguments.op_count) {
-      next_op.Load(arguments.ops + i);
-      if (nodes.layers != nullptr) {  // not so for products alone
-        next_store.Load(static_cast<const LayerStore<T>*>(nodes.layers) +
-                        next_op.template Word<offsetof(Op, layer)>());
-      }
+  const auto place = [&](int i) { return shared + Layout::TurnAt(i); };
+  const auto store_of = [&](int i) -> const LayerStore<T>& {
+    return *reinterpret_cast<const LayerStore<T>*>(place(i) + Layout::kOp);
+  };
+  const auto op_at = [&](int i) -> const Op& { return *reinterpret_cast<const Op*>(place(i)); };
+  const auto is_scan = [&](int i) {
+    return kSsd && i >= 0 && i < arguments.op_count && op_at(i).kind == OpKind::kScan;
+  };
+  const auto stage = [&](int i) {
+    StageScan<T, kRowTiles>(op_at(i).ssd.scan, nodes, store_of(i), &signals.tile,
+                            shared + Layout::kFixed);
+  };
+  Description<Op> coming;
+  Description<LayerStore<T>> coming_store;
+  const auto fetch = [&](int i) {
+    if (i >= arguments.op_count) return;
+    coming.Load(arguments.ops + i);
+    if (nodes.layers != nullptr) {  // not so for products alone
+      coming_store.Load(static_cast<const LayerStore<T>*>(nodes.layers) +
+                        coming.template Word<offsetof(Op, layer)>());
     }
+  };
+  const auto put = [&](int i) {
+    if (i >= arguments.op_count) return;
+    coming.Store(place(i));
+    coming_store.Store(place(i) + Layout::kOp);
+  };
+  if (helper == 0) {
+    fetch(0);
+    put(0);
+  }
+  for (int i = 0; i <= arguments.op_count; ++i) {
+    // The description is fetched before there is place for it.
+    if (helper == 0) fetch(i + 1);
     if (i >= 2) signals.finished.Wait(i - 2);
-    const bool scans = kSsd && i > 0 && running.kind == OpKind::kScan;
+    const Op& op = op_at(i);
     if (helper == 0) {
-      // In this place still stands operator i - 2. After a barrier all know that it is done.
-      const int counter = op.counter, turn = i >= 2 && op.barrier == 0 ? op.turn : 0;
+      // Where operator i + 1 will be described still stands i - 2. After a barrier all know that it
+      // is done.
+      const Op& done = op_at(i + 1);
+      const int counter = done.counter, turn = i >= 2 && done.barrier == 0 ? done.turn : 0;
       __syncwarp();
       if (turn > 0 && lane == 0) progress.Tell(counter);
       if (i == arguments.op_count) break;
-      next_op.Store(op_at);
-      next_store.Store(store_at);
+      put(i + 1);
       __syncwarp();
       if (lane == 0) {
         signals.copied.Arrive(i);
@@ -276,36 +290,37 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
     } else {
       if (i == arguments.op_count) break;
       signals.copied.Wait(i);
-      const bool waits = kSsd && op.kind == OpKind::kScan;
       if (SendsActs(8 * kRowTiles) && op.product() != nullptr && lane == 0) {
         ListActs<T>(*op.product(), kRowTiles,
-                    reinterpret_cast<FirstActs*>(store_at + Layout::kStore));
+                    reinterpret_cast<FirstActs*>(place(i) + Layout::kOp + Layout::kStore));
       }
-      if (waits && !scans) {
-        // What a commit moves is read behind the first operator's barrier.
-        if (i == 1) signals.finished.Wait(0);
-        stage();
+      // A scan's memory is free, and what it reads there, when the last but two is done; but what a
+      // commit moves behind the first operator's barrier.
+      if (i == 1 && is_scan(1)) {
+        signals.finished.Wait(0);
+        stage(1);
       }
+      if (i >= 1 && is_scan(i + 1) && !is_scan(i)) stage(i + 1);
       if (kAttention && op.kind == OpKind::kAttentionInputs) {
-        const LayerStore<T>& store = *reinterpret_cast<const LayerStore<T>*>(store_at);
-        PrefetchKeys<T>(op.attention, nodes, store, blockIdx.x, lane, 32);
+        PrefetchKeys<T>(op.attention, nodes, store_of(i), blockIdx.x, lane, 32);
       }
       signals.passed.Wait(i);
     }
     // A scan's factors are of what all blocks did in the operator before it, and so are made while
     // it runs.
-    const bool waits = kSsd && op.kind == OpKind::kScan;
-    if (scans || (op.norm.squares != nullptr && !waits)) {
-      HelpRowFactors(scans ? running.norm : op.norm, nodes.rows, helper, kHelpers, factors);
+    const bool scans = is_scan(i - 1);
+    const RowNorm& norm = scans ? op_at(i - 1).norm : op.norm;
+    if (norm.squares != nullptr && (scans || !is_scan(i))) {
+      HelpRowFactors(norm, nodes.rows, helper, kHelpers, factors);
     }
     __syncwarp();
-    if (scans && lane == 0) signals.factored.Arrive(running.ssd.scan.number);
-    if (scans && waits && helper == 1) {
+    if (scans && lane == 0) signals.factored.Arrive(op_at(i - 1).ssd.scan.number);
+    if (scans && is_scan(i) && helper == 1) {
       signals.finished.Wait(i - 1);
-      stage();
+      stage(i);
     }
-    if (waits && helper == 0) {
-      PrefetchScan<T>(op.ssd.scan, nodes, *reinterpret_cast<const LayerStore<T>*>(store_at));
+    if (helper == 0 && is_scan(i + 1)) {
+      PrefetchScan<T>(op_at(i + 1).ssd.scan, nodes, store_of(i + 1));
     }
     __syncwarp();
     if (lane == 0) signals.helped.Arrive(i);
@@ -348,7 +363,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   __syncthreads();
 
   if (threadIdx.x >= kConsumers) {
-    LowerRegisters<56>();
+    LowerRegisters<64>();
     Ring ring = RingOf<T, kRowTiles>(shared);
     if (threadIdx.x == kConsumers) {
       const uint64_t policy = arguments.stream_weights_once ? EvictFirst() : EvictNormal();

@@ -145,6 +145,7 @@ struct ScanLayout {
     dt = weights + kMostTileHeads * rows * kWeightStride * 4;
     boundary = dt + kMostTileHeads * rows * 4;
     decay = boundary + kMostTileHeads * rows * 4;
+    if (decay < kMatmulWorkBytes) decay = kMatmulWorkBytes;
     conv = decay + kMostTileHeads * (kDecays + 2) * 4;  // D and A behind the decays
     ring_u = conv + kStagedRows * channels * 4;
     sent_conv = ring_u + kRing * channels * 4;
@@ -426,6 +427,95 @@ __device__ inline void StageScan(const ScanOp& op, const PassNodes& nodes,
   StageTile(op, nodes, store, *tile, layout, work);
 }
 
+// Into the state terms: their decay, and the path sum over the prefix, whose rows nodes share: of
+// more than 16 rows a thread has two. By thread `thread` of `threads`.
+template <typename T, int kRowTiles>
+__device__ __forceinline__ void AddPrefix(const ScanOp& op, const PassNodes& nodes, char* work,
+                                          const ScanTile& tile, int thread, int threads) {
+  constexpr int kRows = 8 * kRowTiles;
+  const int channels = op.tile_groups * kGroup, rows = nodes.rows, prefix = nodes.prefix;
+  const int new_rows = kRing + nodes.first_pending;
+  const ScanLayout<T> layout(kRows, op.padded_d_state, op.sent_columns, channels);
+  float* terms = reinterpret_cast<float*>(work + layout.terms);
+  const float* weights = reinterpret_cast<const float*>(work + layout.weights);
+  const float* boundary = reinterpret_cast<const float*>(work + layout.boundary);
+  const float* decay = reinterpret_cast<const float*>(work + layout.decay);
+  const float* ring_u = reinterpret_cast<const float*>(work + layout.ring_u);
+  constexpr int kVec = kRows <= 8 ? 2 : 4, kOwn = kRows > 16 ? 2 : 1, kApart = kRows / 2;
+  const int each = channels / kVec, whole = prefix / 4 * 4;
+#pragma unroll 1
+  for (int item = thread; item < (kOwn > 1 ? min(rows, kApart) : rows) * each; item += threads) {
+    const int first_row = RowOfItem(item, each), dim = (item - first_row * each) * kVec;
+    if (dim >= tile.channels()) continue;
+    const int h = dim / kGroup >= tile.first_head_groups ? 1 : 0;
+    const float* decays = decay + h * kDecays;
+    int starts[kOwn];
+    const float* row_weights[kOwn];  // by position
+    Vector<kVec> y[kOwn];
+    int shared_from = 0;
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+      const int row = first_row + k * kApart < rows ? first_row + k * kApart : first_row;
+      const int start = nodes.checkpoint[row];
+      starts[k] = start;
+      shared_from = max(shared_from, start);
+      row_weights[k] = weights + (h * kRows + row) * kWeightStride - start;
+      const int segment = nodes.position[row] / kSegment * kSegment;
+      float exponent = decays[new_rows + row];
+      if (segment > start) exponent += boundary[h * kRows + row];
+      const float state_decay = expf(exponent);
+      y[k] = Vector<kVec>::Load(terms + row * layout.stride + dim);
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) y[k].v[v] *= state_decay;
+    }
+    const auto add_four = [&](int k, int position, const Vector<kVec>(&u)[4]) {
+      const Vector<4> w = Vector<4>::Load(row_weights[k] + position);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) y[k].v[v] = fmaf(w.v[i], u[i].v[v], y[k].v[v]);
+      }
+    };
+    const auto load_four = [&](int position, Vector<kVec>(&u)[4]) {
+      const float* from = ring_u + position % kRing * channels + dim;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) u[i] = Vector<kVec>::Load(from + i * channels);
+    };
+    if constexpr (kOwn > 1) {
+      // Positions that only some of the thread's rows begin with.
+#pragma unroll
+      for (int k = 0; k < kOwn; ++k) {
+#pragma unroll 1
+        for (int position = starts[k]; position < min(shared_from, whole); position += 4) {
+          Vector<kVec> u[4];
+          load_four(position, u);
+          add_four(k, position, u);
+        }
+      }
+    }
+#pragma unroll(kVec < 4 ? 4 : 2)
+    for (int position = shared_from; position < whole; position += 4) {
+      Vector<kVec> u[4];
+      load_four(position, u);
+#pragma unroll
+      for (int k = 0; k < kOwn; ++k) add_four(k, position, u);
+    }
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+#pragma unroll 1
+      for (int position = max(whole, starts[k]); position < prefix; ++position) {
+        const float w = row_weights[k][position];
+        const Vector<kVec> u = Vector<kVec>::Load(ring_u + position % kRing * channels + dim);
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) y[k].v[v] = fmaf(w, u.v[v], y[k].v[v]);
+      }
+      if (first_row + k * kApart < rows) {
+        y[k].Store(terms + (first_row + k * kApart) * layout.stride + dim);
+      }
+    }
+  }
+}
+
 // Two rows of a first operand's halves of S in a block of 32 states, by step and half.
 struct StateBlock {
   float4 v[2][2];
@@ -460,7 +550,6 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   float* dts = reinterpret_cast<float*>(work + layout.dt);
   float* boundary = reinterpret_cast<float*>(work + layout.boundary);
   float* decay = reinterpret_cast<float*>(work + layout.decay);
-  const float* ring_u = reinterpret_cast<const float*>(work + layout.ring_u);
   const float* d_and_a = decay + kMostTileHeads * kDecays;
   const float* sent_conv = reinterpret_cast<const float*>(work + layout.sent_conv);
   float* sent_raw = reinterpret_cast<float*>(work + layout.sent);
@@ -642,9 +731,9 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
     }
     SyncWarps<kCHereBarrier, kEarly>();
 
-    // Scores C_i . B_j, and weights[i][position of j - checkpoint of i] = exp(difference of log
-    // decays) * score. Across the segment boundary the first segment's rest and the node's own part
-    // are added.
+    // Scores C_i . B_j, and of few rows weights[i][position of j - checkpoint of i] = exp(difference
+    // of log decays) * score. Across the segment boundary the first segment's rest and the node's
+    // own part are added.
     constexpr int kRowBlocks = (kRows + 15) / 16;
 #pragma unroll 1
     for (int i = warp; i < all_groups; i += kHalfWarps) {
@@ -714,6 +803,10 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
           const bool on_path = j < kRing || (mask >> ((j - kRing) & 63) & 1) != 0;
           if (position < start || !on_path) continue;
           const float score = scores[n / 2][n % 2 * 2 + half];
+          if (!kFew) {
+            weights[row * kWeightStride + position - start] = score;
+            continue;
+          }
 #pragma unroll 1
           for (int h = 0; h < tile.heads; ++h) {
             const float* decays = decay + h * kDecays;
@@ -727,82 +820,9 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
       }
     }
   }
-  SyncWarps<kAllBarrier, kEarly>();
-
-  // The state term's decay, and the path sum over the prefix, whose rows nodes share: of more than
-  // 32 rows a thread has two.
-  constexpr int kVec = kRows <= 8 ? 2 : 4, kOwn = kRows > 32 ? 2 : 1;
-  const int each = channels / kVec, whole = prefix / 4 * 4;
-#pragma unroll 1
-  for (int item = tid; item < min(rows, 32) * each; item += kEarly) {
-    const int first_row = RowOfItem(item, each), dim = (item - first_row * each) * kVec;
-    if (dim >= tile.channels()) continue;
-    const int h = dim / kGroup >= tile.first_head_groups ? 1 : 0;
-    const float* decays = decay + h * kDecays;
-    int starts[kOwn];
-    const float* row_weights[kOwn];  // by position
-    Vector<kVec> y[kOwn];
-    int shared_from = 0;
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-      const int row = first_row + k * 32 < rows ? first_row + k * 32 : first_row;
-      const int start = nodes.checkpoint[row];
-      starts[k] = start;
-      shared_from = max(shared_from, start);
-      row_weights[k] = weights + (h * kRows + row) * kWeightStride - start;
-      const int segment = nodes.position[row] / kSegment * kSegment;
-      float exponent = decays[new_rows + row];
-      if (segment > start) exponent += boundary[h * kRows + row];
-      const float state_decay = expf(exponent);
-      y[k] = Vector<kVec>::Load(terms + row * layout.stride + dim);
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) y[k].v[v] *= state_decay;
-    }
-    const auto add_four = [&](int k, int position, const Vector<kVec>(&u)[4]) {
-      const Vector<4> w = Vector<4>::Load(row_weights[k] + position);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) y[k].v[v] = fmaf(w.v[i], u[i].v[v], y[k].v[v]);
-      }
-    };
-    const auto load_four = [&](int position, Vector<kVec>(&u)[4]) {
-      const float* from = ring_u + position % kRing * channels + dim;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) u[i] = Vector<kVec>::Load(from + i * channels);
-    };
-    if constexpr (kOwn > 1) {
-      // Positions that only some of the thread's rows begin with.
-#pragma unroll
-      for (int k = 0; k < kOwn; ++k) {
-#pragma unroll 1
-        for (int position = starts[k]; position < min(shared_from, whole); position += 4) {
-          Vector<kVec> u[4];
-          load_four(position, u);
-          add_four(k, position, u);
-        }
-      }
-    }
-#pragma unroll(kVec < 4 ? 4 : 2)
-    for (int position = shared_from; position < whole; position += 4) {
-      Vector<kVec> u[4];
-      load_four(position, u);
-#pragma unroll
-      for (int k = 0; k < kOwn; ++k) add_four(k, position, u);
-    }
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-#pragma unroll 1
-      for (int position = max(whole, starts[k]); position < prefix; ++position) {
-        const float w = row_weights[k][position];
-        const Vector<kVec> u = Vector<kVec>::Load(ring_u + position % kRing * channels + dim);
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) y[k].v[v] = fmaf(w, u.v[v], y[k].v[v]);
-      }
-      if (first_row + k * 32 < rows) {
-        y[k].Store(terms + (first_row + k * 32) * layout.stride + dim);
-      }
-    }
+  if (kFew) {
+    SyncWarps<kAllBarrier, kEarly>();
+    AddPrefix<T, kRowTiles>(op, nodes, work, tile, tid, kEarly);
   }
 }
 
@@ -854,7 +874,7 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
   float* pending_u = reinterpret_cast<float*>(work + layout.pending_u);
   float* squares = reinterpret_cast<float*>(work + layout.squares);
   const float* terms = reinterpret_cast<const float*>(work + layout.terms);
-  const float* weights = reinterpret_cast<const float*>(work + layout.weights);
+  float* weights = reinterpret_cast<float*>(work + layout.weights);
   const float* dts = reinterpret_cast<const float*>(work + layout.dt);
   const float* decay = reinterpret_cast<const float*>(work + layout.decay);
   const float* conv = reinterpret_cast<const float*>(work + layout.conv);
@@ -904,12 +924,40 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
     u.Store(store.u + (new_rows + row) * width + column);
     inputs[0].Store(store.conv + ((op.taps + nodes.first_pending + row) * op.channels + column));
   }
+  if constexpr (kRowTiles > 2) {
+    // Weights of what were scores so far.
+    const float* boundary = reinterpret_cast<const float*>(work + layout.boundary);
+#pragma unroll 1
+    for (int item = tid; item < rows * kRing; item += kConsumers) {
+      const int row = item / kRing, k = item % kRing;
+      const int start = nodes.checkpoint[row], position = start + k, t = nodes.position[row];
+      if (position > t) continue;
+      const int j = position < prefix ? position % kRing
+                                      : kRing + nodes.path[row][position - prefix];
+      float* to = weights + row * kWeightStride + k;
+      const float score = *to;
+#pragma unroll
+      for (int h = 0; h < kMostTileHeads; ++h) {
+        if (h >= tile.heads) continue;
+        const float* decays = decay + h * kDecays;
+        const float node_decay = decays[new_rows + row];
+        const float exponent = position < t / kSegment * kSegment
+                                   ? (boundary[h * kRows + row] - decays[j]) + node_decay
+                                   : node_decay - decays[j];
+        to[h * kRows * kWeightStride] = score * expf(exponent);
+      }
+    }
+  }
 #pragma unroll 1
   for (int i = tid; i < nodes.first_pending * tile.channels(); i += kConsumers) {
     const int row = i / tile.channels(), dim = i - row * tile.channels();
     pending_u[row * channels + dim] = store.u[(kRing + row) * width + tile.column() + dim];
   }
   SyncThreads<kConsumers>();
+  if constexpr (kRowTiles > 2) {
+    AddPrefix<T, kRowTiles>(op, nodes, work, tile, tid, kConsumers);
+    SyncThreads<kConsumers>();
+  }
 
   // The path sum over the pending nodes, skip, gate and the norm's weights.
 #pragma unroll 1
