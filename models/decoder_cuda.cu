@@ -46,7 +46,8 @@ bool SameShape(const ProductShape& a, const ProductShape& b) {
 // A matrix in the order in which it is streamed.
 struct DeviceMatrix {
   Buffer weights;
-  Buffer counts;  // splits of each tile; of an own product of its early ones
+  Buffer counts;      // splits of each tile; of an own product of its early ones
+  Buffer first_acts;  // FirstActs [kBuckets][blocks]
   cuda::MatmulOp op;
   ProductShape shape;
   int splits = 0;  // the most of a tile
@@ -107,13 +108,6 @@ std::vector<int> PaddedParts(int first, int parts, int width, int padded) {
   for (int i = 0; i < parts; ++i) {
     for (int k = 0; k < padded; ++k) result.push_back(k < width ? first + i * width + k : -1);
   }
-  return result;
-}
-// values[places[i]], 0 where that is -1; nothing of nothing.
-std::vector<float> Placed(std::span<const float> values, const std::vector<int>& places) {
-  std::vector<float> result;
-  if (values.empty()) return result;
-  for (const int place : places) result.push_back(place < 0 ? 0.0f : values[place]);
   return result;
 }
 template <typename Element>
@@ -289,7 +283,8 @@ class CudaDecoder final : public CudaModel {
     const float* q_norm = nullptr;
     const float* k_norm = nullptr;
     const float* inv_freq = nullptr;
-    cuda::ScanOp scan;  // what does not depend on a workspace
+    std::vector<Buffer> packed;  // ScanPacked [blocks], of each operator of a scan
+    cuda::ScanOp scan;           // what does not depend on a workspace
     int node_group[kBuckets] = {};
   };
 
@@ -300,7 +295,6 @@ class CudaDecoder final : public CudaModel {
     T* act_hidden[kBuckets];  // the first; then `acts` has the second, and both of act_mixed
     T* acts[kBuckets];
     float* partials[2];
-    float* squares;
     float* scan_squares;
     char* scan_sent[2];
     T* q;
@@ -321,6 +315,8 @@ class CudaDecoder final : public CudaModel {
   // Of early outputs and tiles of `tile_blocks` blocks.
   cuda::MatmulOp PlanOwn(int early, int tiles, int tile_blocks, const Columns& columns) const;
   absl::Status PrepareScan(const SsdSpec& ssd, int layer, cuda::ScanOp* scan) const;
+  absl::StatusOr<Buffer> PackScan(const SsdSpec& ssd, const cuda::ScanOp& scan, int group_columns,
+                                  int first_tile) const;
   std::vector<cuda::Op> Program(int bucket, const CudaWorkspace& ws, const Places& at,
                                 std::vector<std::string>* names) const;
   void FillNodes(DecodeState& state, int rows, int first_pending, bool chain, int top,
@@ -337,6 +333,16 @@ class CudaDecoder final : public CudaModel {
   }
 
   void AddPieces(Pieces& pieces, Places& places, CudaWorkspace& ws) const;
+  // Elements of a product's input of the residual stream's width, and behind it, in f32, the sums
+  // of squares of its norm.
+  size_t HiddenActs(int bucket) const {
+    return size_t{1} * kBucketRows[bucket] * hidden_steps_ * 16;
+  }
+  size_t HiddenInput(int bucket) const {
+    return HiddenActs(bucket) + size_t{1} * kBucketRows[bucket] *
+                                    cuda::PadTo(4, cuda::Granules(hidden_steps_)) * sizeof(float) /
+                                    sizeof(T);
+  }
 
   CudaBackend& cuda_;
   DecoderSpec spec_;
@@ -448,6 +454,15 @@ absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
                                                  matrix.in_features(),
                                                  " is too large for the device's products"));
   }
+  std::vector<cuda::FirstActs> acts;
+  for (const int rows : kBucketRows) {
+    for (int block = 0; block < blocks; ++block) {
+      acts.push_back(cuda::ListActs<T>(op, rows / 8, block, blocks));
+    }
+  }
+  const size_t acts_bytes = acts.size() * sizeof(cuda::FirstActs);
+  ASSIGN_OR_RETURN(result.first_acts, cuda_.Allocate(acts_bytes));
+  RETURN_IF_ERROR(cuda_.ToDevice(result.first_acts.data(), acts.data(), acts_bytes));
   ASSIGN_OR_RETURN(result.counts, cuda_.Allocate(counts.size()));
   RETURN_IF_ERROR(cuda_.ToDevice(result.counts.data(), counts.data(), counts.size()));
   const int all_blocks = op.early_tiles + op.blocks;
@@ -470,9 +485,7 @@ absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
       const int64_t from = int64_t{first} * op.k_steps * 256;
       host.assign(int64_t{count} * op.k_steps * 256, T(0.0f));
       for (int m = first * 16; m < (first + count) * 16; ++m) {
-        const int output = !outputs.empty()          ? outputs[m]
-                           : m < matrix.out_features() ? m
-                                                       : -1;
+        const int output = !outputs.empty() ? outputs[m] : m < matrix.out_features() ? m : -1;
         if (output < 0) continue;
         matrix.UnpackRow(output, row.data());
         for (int k = 0; k < columns.count; ++k) {
@@ -547,8 +560,8 @@ absl::Status CudaDecoder<T>::PrepareScan(const SsdSpec& ssd, int layer, cuda::Sc
   }
   for (int of = 0; of < ssd.norm_groups; ++of) {
     const int each = ssd.heads / ssd.norm_groups * head_groups;
-    scan->square_parts = std::max(
-        scan->square_parts, scan->TileOf((of + 1) * each - 1) - scan->TileOf(of * each) + 1);
+    scan->square_parts = std::max(scan->square_parts,
+                                  scan->TileOf((of + 1) * each - 1) - scan->TileOf(of * each) + 1);
   }
   const int sent = 2 * ssd.groups * ssd.d_state + ssd.heads;
   scan->sent_columns = (sent + blocks - 1) / blocks;
@@ -557,6 +570,83 @@ absl::Status CudaDecoder<T>::PrepareScan(const SsdSpec& ssd, int layer, cuda::Sc
                                     " states, more than ", blocks, " multiprocessors take"));
   }
   return absl::OkStatus();
+}
+
+template <typename T>
+absl::StatusOr<Buffer> CudaDecoder<T>::PackScan(const SsdSpec& ssd, const cuda::ScanOp& scan,
+                                                int group_columns, int first_tile) const {
+  const int blocks = cuda_.multiprocessors(), channels = scan.tile_groups * cuda::kGroup;
+  const cuda::ScanPacked layout(scan.sent_columns, channels);
+  const int inner = ssd.inner(), states = 2 * ssd.groups * ssd.d_state;
+  const auto at = [](std::span<const float> values, int64_t i) {
+    return values.empty() ? 0.0f : values[i];
+  };
+  const auto weight = [&](int back, int channel) {
+    return back > scan.taps
+               ? 0.0f
+               : ssd.conv_weight[int64_t{scan.taps - back} * PaddedColumns(ssd.channels()) +
+                                 channel];
+  };
+  std::vector<char> all(size_t{1} * blocks * layout.bytes);
+  for (int block = 0; block < blocks; ++block) {
+    char* to = all.data() + size_t{1} * block * layout.bytes;
+    float* sent = reinterpret_cast<float*>(to + layout.sent);
+    for (int i = 0; i < scan.sent_columns; ++i) {
+      const int column = (blocks - 1 - block) * scan.sent_columns + i;
+      if (column >= states + ssd.heads) break;
+      const bool is_dt = column >= states;
+      for (int back = 0; !is_dt && back <= cuda::kMaxTaps; ++back) {
+        sent[back * scan.sent_columns + i] = weight(back, inner + column);
+      }
+      sent[cuda::kSentBias * scan.sent_columns + i] =
+          is_dt ? at(ssd.dt_bias, column - states) : at(ssd.conv_bias, inner + column);
+      sent[cuda::kSentInBias * scan.sent_columns + i] = at(ssd.in_proj_bias, 2 * inner + column);
+    }
+    const int index = first_tile + block;
+    if (index >= scan.Tiles()) continue;
+    cuda::ScanTile& tile = *new (to) cuda::ScanTile();
+    const int head_groups = scan.HeadGroups(), norm_heads = ssd.heads / ssd.norm_groups;
+    tile.first_group = scan.FirstGroup(index);
+    tile.groups = scan.GroupsOf(index);
+    tile.state_group = index / scan.tiles_of_group;
+    tile.first_head = tile.first_group / head_groups;
+    tile.heads = (tile.first_group + tile.groups - 1) / head_groups - tile.first_head + 1;
+    tile.first_head_groups =
+        std::min(tile.groups, (tile.first_head + 1) * head_groups - tile.first_group);
+    float* skip = reinterpret_cast<float*>(to + layout.skip);
+    for (int h = 0; h < tile.heads; ++h) {
+      skip[h * 2] = at(ssd.D, tile.first_head + h);
+      skip[h * 2 + 1] = ssd.A[tile.first_head + h];
+    }
+    float* conv = reinterpret_cast<float*>(to + layout.conv);
+    for (int g = 0; g < tile.groups; ++g) {
+      const int group = tile.first_group + g, head = group / head_groups;
+      const int dim = (group - head * head_groups) * cuda::kGroup;
+      const int norm_group = head / norm_heads;
+      const int in_norm = (head - norm_group * norm_heads) * ssd.head_dim + dim;
+      const int dims = std::min(cuda::kGroup, ssd.head_dim - dim),
+                width = norm_heads * ssd.head_dim;
+      tile.place[g] = norm_group * group_columns + in_norm;
+      tile.dims[g] = static_cast<int16_t>(dims);
+      tile.zeros[g] = static_cast<int16_t>(in_norm + dims == width ? group_columns - width : 0);
+      tile.square[g] = static_cast<int16_t>(norm_group * scan.square_parts + index -
+                                            scan.TileOf(norm_group * norm_heads * head_groups));
+      for (int k = 0; k < dims; ++k) {
+        const int channel = head * ssd.head_dim + dim + k;
+        float* column = conv + g * cuda::kGroup + k;
+        for (int back = 0; back <= cuda::kMaxTaps; ++back) {
+          column[back * channels] = weight(back, channel);
+        }
+        column[cuda::kConvBias * channels] = at(ssd.conv_bias, channel);
+        column[cuda::kNormRow * channels] = ssd.norm_weight[channel];
+        column[cuda::kXBias * channels] = at(ssd.in_proj_bias, inner + channel);
+        column[cuda::kZBias * channels] = at(ssd.in_proj_bias, channel);
+      }
+    }
+  }
+  ASSIGN_OR_RETURN(Buffer buffer, cuda_.Allocate(all.size()));
+  RETURN_IF_ERROR(cuda_.ToDevice(buffer.data(), all.data(), all.size()));
+  return buffer;
 }
 
 template <typename T>
@@ -634,9 +724,6 @@ absl::Status CudaDecoder<T>::Prepare() {
       const std::vector<int> inner = PaddedParts(0, ssd.heads, ssd.head_dim, scan.padded_head);
       const int states = 2 * ssd.groups * ssd.d_state, early = states + ssd.heads;
       // Of in_proj: B, C and dt, then tiles of x and z.
-      ASSIGN_OR_RETURN(scan.in_bias,
-                       Upload(Placed(ssd.in_proj_bias, PaddedParts(2 * ssd.inner(), 1, early, early))));
-      std::vector<int> tile_outputs;
       const int blocks = cuda_.multiprocessors();
       for (int first = 0; first < scan.Tiles(); first += blocks) {
         const int tiles = std::min(blocks, scan.Tiles() - first);
@@ -650,8 +737,7 @@ absl::Status CudaDecoder<T>::Prepare() {
               for (int k = 0; k < cuda::kGroup; ++k) {
                 const int channel = (scan.FirstGroup(tile) + g) * cuda::kGroup + k;
                 const int z = g < scan.GroupsOf(tile) ? inner[channel] : -1;
-                tile_outputs.push_back(z < 0 ? -1 : x_or_z + z);
-                outputs.push_back(tile_outputs.back());
+                outputs.push_back(z < 0 ? -1 : x_or_z + z);
               }
             }
           }
@@ -659,25 +745,14 @@ absl::Status CudaDecoder<T>::Prepare() {
         ASSIGN_OR_RETURN(DeviceMatrix in, Upload(ssd.in_proj, hidden_columns, own, outputs));
         layer.in.push_back(std::move(in));
       }
-      ASSIGN_OR_RETURN(scan.tile_bias, Upload(Placed(ssd.in_proj_bias, tile_outputs)));
-      std::vector<int> channels = inner;
-      Append(PaddedParts(ssd.inner(), 1, states, scan.channels - static_cast<int>(inner.size())),
-             &channels);
       ASSIGN_OR_RETURN(layer.out, Upload(ssd.out_proj, out, Plan(hidden, out)));
       ASSIGN_OR_RETURN(layer.out_bias, Upload(ssd.out_proj_bias, padded_hidden));
-      std::vector<float> conv_weight;
-      for (int k = 0; k < ssd.conv_kernel; ++k) {
-        Append(
-            Placed(std::span(ssd.conv_weight).subspan(k * PaddedColumns(ssd.channels())), channels),
-            &conv_weight);
+      scan.packed_bytes =
+          cuda::ScanPacked(scan.sent_columns, scan.tile_groups * cuda::kGroup).bytes;
+      for (int first = 0; first < scan.Tiles(); first += blocks) {
+        ASSIGN_OR_RETURN(Buffer packed, PackScan(ssd, scan, out.padded_width(), first));
+        layer.packed.push_back(std::move(packed));
       }
-      ASSIGN_OR_RETURN(scan.conv_weight, Upload(conv_weight));
-      ASSIGN_OR_RETURN(scan.conv_bias, Upload(Placed(ssd.conv_bias, channels)));
-      ASSIGN_OR_RETURN(scan.a, Upload(ssd.A));
-      ASSIGN_OR_RETURN(scan.d, Upload(ssd.D));
-      ASSIGN_OR_RETURN(scan.dt_bias, Upload(ssd.dt_bias));
-      ASSIGN_OR_RETURN(scan.norm_weight, Upload(Placed(ssd.norm_weight, inner)));
-      scan.group_columns = out.padded_width();
       mixed_steps_ = std::max(mixed_steps_, out.k_steps());
       const int squares = scan.norm_groups * scan.square_parts;
       if (scan_squares_ > 0 &&
@@ -708,8 +783,7 @@ absl::Status CudaDecoder<T>::Prepare() {
       folds.back() = {ssd.heads, ssd.head_dim, scan.padded_head, ssd.groups, scan.padded_d_state};
       fold_heads_ = std::max(fold_heads_, ssd.heads);
       fold_shared_ = std::max<int>(
-          fold_shared_,
-          kSegment * (scan.padded_head + scan.padded_d_state) * sizeof(float));
+          fold_shared_, kSegment * (scan.padded_head + scan.padded_d_state) * sizeof(float));
     }
     if (block.mlp) {
       MlpSpec& mlp = *block.mlp;
@@ -808,8 +882,7 @@ absl::StatusOr<std::unique_ptr<DecodeState>> CudaDecoder<T>::NewState(
     } else {
       const SsdSpec& ssd = std::get<SsdSpec>(spec_.blocks[i].mixer);
       const cuda::ScanOp& scan = layers_[i].scan;
-      const size_t floats =
-          size_t{1} * ssd.heads * scan.padded_head * scan.padded_d_state;
+      const size_t floats = size_t{1} * ssd.heads * scan.padded_head * scan.padded_d_state;
       const size_t b_columns = size_t{1} * ssd.groups * scan.padded_d_state;
       pieces.Add(&store.checkpoints[0], floats);
       pieces.Add(&store.checkpoints[1], floats);
@@ -857,11 +930,10 @@ void CudaDecoder<T>::AddPieces(Pieces& pieces, Places& p, CudaWorkspace& ws) con
   const size_t hidden = hidden_steps_ * 16;
   pieces.Add(&p.x, kMaxRows * hidden);
   for (int b = 0; b < kBuckets; ++b) {
-    pieces.Add(&p.act_hidden[b], kBucketRows[b] * hidden);
-    pieces.Add(&p.acts[b], kBucketRows[b] * (hidden + size_t{2} * mixed_steps_ * 16));
+    pieces.Add(&p.act_hidden[b], HiddenInput(b));
+    pieces.Add(&p.acts[b], HiddenInput(b) + kBucketRows[b] * size_t{2} * mixed_steps_ * 16);
   }
   for (float*& partials : p.partials) pieces.Add(&partials, partial_floats_);
-  pieces.Add(&p.squares, size_t{1} * kMaxRows * cuda::Granules(hidden_steps_));
   pieces.Add(&p.scan_squares, size_t{1} * kMaxRows * scan_squares_);
   pieces.Add(&p.q, size_t{1} * kMaxRows * q_columns_);
   for (char*& sent : p.scan_sent) pieces.Add(&sent, size_t{1} * kMaxRows * sent_bytes_);
@@ -887,7 +959,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   };
   std::vector<UsedUp> used_up;
   const int rows = kBucketRows[bucket];
-  const size_t hidden_elements = size_t{1} * rows * hidden_steps_ * 16;
+  const size_t hidden_elements = HiddenInput(bucket);
   const size_t mixed_elements = size_t{1} * rows * mixed_steps_ * 16;
   T* const hidden_acts[2] = {at.act_hidden[bucket], at.acts[bucket]};
   T* const mixed_acts[2] = {at.acts[bucket] + hidden_elements,
@@ -903,6 +975,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     if (sends_acts && last) {
       used_up.push_back({ops.size() + 2, act, size_t{1} * rows * op.k_steps * 16 * sizeof(T)});
     }
+    op.first_acts = matrix.first_acts.as<cuda::FirstActs>() + bucket * cuda_.multiprocessors();
     shapes.resize(ops.size());
     shapes.push_back(matrix.shape);
     return op;
@@ -917,18 +990,31 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     return matrix.Sums(out);
   };
   const auto other = [&](int* place) { return sends_acts ? *place = 1 - *place : 0; };
-  const auto next_input = [&](const float* weight) {
-    return cuda::NormInput{weight, hidden_acts[other(&hidden_place)], at.squares};
+  const auto squares_of = [&](T* hidden_act) {
+    return reinterpret_cast<float*>(hidden_act + HiddenActs(bucket));
   };
-  const auto hidden_norm = [&](float eps) {
-    return cuda::RowNorm{at.squares, cuda::Granules(hidden_steps_), 1,
-                         1.0f / static_cast<float>(hidden), eps};
+  const auto next_input = [&](const float* weight) {
+    T* const act = hidden_acts[other(&hidden_place)];
+    return cuda::NormInput{weight, act, squares_of(act)};
+  };
+  // The norm of the input at hand, whose factors operator `reader` needs.
+  const auto hidden_norm = [&](float eps, size_t reader) {
+    float* const squares = squares_of(hidden_acts[hidden_place]);
+    const int count = cuda::Granules(hidden_steps_);
+    if (sends_acts) {
+      used_up.push_back(
+          {reader + 2, squares, size_t{1} * rows * cuda::PadTo(4, count) * sizeof(float)});
+    }
+    return cuda::RowNorm{squares, count, 1, 1.0f / static_cast<float>(hidden), eps};
   };
   {
     cuda::Op op;
     op.kind = cuda::OpKind::kEmbed;
-    op.embed = {
-        embedding_, at.x, hidden, hidden_steps_, {layers_[0].norm, hidden_acts[0], at.squares}};
+    op.embed = {embedding_,
+                at.x,
+                hidden,
+                hidden_steps_,
+                {layers_[0].norm, hidden_acts[0], squares_of(hidden_acts[0])}};
     // Whatever the last pass left: its last operators, or all after the layers, may not have run.
     if (sends_acts) {
       used_up.push_back({0, at.acts[bucket], (hidden_elements + 2 * mixed_elements) * sizeof(T)});
@@ -975,8 +1061,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
         op.kind = kind;
         op.barrier = kind == cuda::OpKind::kAttentionInputs ||
                      (kind == cuda::OpKind::kCombineBlocks && !sends_acts);
-        op.norm =
-            kind == cuda::OpKind::kAttentionInputs ? hidden_norm(block.norm.eps) : cuda::RowNorm{};
+        op.norm = kind == cuda::OpKind::kAttentionInputs ? hidden_norm(block.norm.eps, ops.size())
+                                                         : cuda::RowNorm{};
         ops.push_back(op);
       }
     } else {
@@ -990,12 +1076,13 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       scan.act = mixed;
       scan.squares = at.scan_squares;
       scan.sent = at.scan_sent[other_sent = 1 - other_sent];
-      op.norm = hidden_norm(block.norm.eps);
+      op.norm = hidden_norm(block.norm.eps, ops.size() + layer.in.size() - 1);
       op.barrier = !sends_acts || ssd.norm_groups > 1;
       for (const DeviceMatrix& in : layer.in) {
         const bool last = &in == &layer.in.back();
         op.ssd.in = product(in, hidden_act, in_sums, {}, last);
         scan.tiles = in.op.blocks / in.op.tile_blocks;
+        scan.packed = layer.packed[&in - &layer.in[0]].template as<char>();
         scan.number = scans++;
         if (last) {
           used_up.push_back({ops.size() + 2, scan.sent, size_t{1} * rows * scan.sent_bytes});
@@ -1020,7 +1107,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       cuda::Op op;
       op.kind = cuda::OpKind::kGated;
       op.barrier = !sends_acts;
-      op.norm = hidden_norm(block.mlp_norm->eps);
+      op.norm = hidden_norm(block.mlp_norm->eps, ops.size());
       op.gated = {middle,
                   layer.gate_up_bias,
                   static_cast<int>(block.mlp->activation),
@@ -1033,7 +1120,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     }
   }
   ops.back().barrier = 1;  // the head's product reads the norm's sums at once
-  matmul(head_, hidden_acts[hidden_place], ws.logits, hidden_norm(spec_.final_norm.eps));
+  matmul(head_, hidden_acts[hidden_place], ws.logits,
+         hidden_norm(spec_.final_norm.eps, ops.size()));
   for (int stage : {0, 1}) {
     cuda::Op op;
     op.kind = cuda::OpKind::kSelect;
@@ -1044,8 +1132,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   for (const UsedUp& sent : used_up) {
     CHECK(sent.op < ops.size() && sent.bytes % 16 == 0);
     cuda::Sent* to = ops[sent.op].used_up;
-    if (to->vectors > 0) ++to;
-    CHECK(to->vectors == 0);
+    while (to->vectors > 0) ++to;
+    CHECK(to < ops[sent.op].used_up + cuda::kMostUsedUp);
     *to = {static_cast<uint4*>(sent.data), static_cast<int32_t>(sent.bytes / 16)};
   }
   // What the kernels rely on. An operator begins when all blocks are done with the last but one: so
@@ -1070,7 +1158,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     if (is_product) ops[i].product()->index = static_cast<int>(i);
     const std::string name =
         is_product ? absl::StrCat("product ", shapes[i].out, " x ", shapes[i].in) : "";
-    names->push_back(!is_product                             ? cuda::Name(ops[i].kind)
+    names->push_back(!is_product                          ? cuda::Name(ops[i].kind)
                      : ops[i].kind == cuda::OpKind::kScan ? name + " and scan"
                                                           : name);
   }
@@ -1101,10 +1189,10 @@ absl::StatusOr<std::unique_ptr<Workspace>> CudaDecoder<T>::NewWorkspace(int max_
     RETURN_IF_ERROR(unsend(sent, size_t{1} * kMaxRows * sent_bytes_));
   }
   // Of norm groups that fewer tiles have a part of.
-  RETURN_IF_CUDA_ERROR(cudaMemsetAsync(places.scan_squares, 0,
-                                       size_t{1} * kMaxRows * scan_squares_ * sizeof(float),
-                                       cuda_.stream()),
-                       "clearing memory");
+  RETURN_IF_CUDA_ERROR(
+      cudaMemsetAsync(places.scan_squares, 0, size_t{1} * kMaxRows * scan_squares_ * sizeof(float),
+                      cuda_.stream()),
+      "clearing memory");
   // Once to count the operators, then with the addresses.
   const std::vector<cuda::Op> count = Program(0, *ws, places, &ws->names);
   const size_t op_count = count.size();
@@ -1536,6 +1624,8 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(const ProductSha
           shape.in == spec_.info.hidden_size ? places.act_hidden[bucket] : places.acts[bucket];
       op.matmul.out = p.matrix == &head_ ? ws.logits : places.partials[0];
       op.matmul.index = static_cast<int>(ops.size());
+      op.matmul.first_acts =
+          p.matrix->first_acts.template as<cuda::FirstActs>() + bucket * cuda_.multiprocessors();
       ops.push_back(op);
     }
   }

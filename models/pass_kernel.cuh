@@ -48,6 +48,8 @@ struct Sent {
   int32_t vectors = 0;
 };
 
+inline constexpr int kMostUsedUp = 3;
+
 struct Op {
   OpKind kind = OpKind::kEmbed;
   int32_t layer = 0;
@@ -58,7 +60,7 @@ struct Op {
   // counter when they are: 0 where they do not tell, since barriers stand around it.
   int32_t counter = 0;
   int32_t turn = 0;
-  Sent used_up[2];
+  Sent used_up[kMostUsedUp];
   // Of the input of the product before it, whose sums it reads, or of a scan its own product's; see
   // HelpRowFactors.
   RowNorm norm;
@@ -121,8 +123,8 @@ struct SharedLayout {
   static constexpr int kNodes = (sizeof(PassNodes) + 127) / 128 * 128;
   static constexpr int kOp = (sizeof(Op) + 15) / 16 * 16;
   static constexpr int kNodesAt = kRing + kSignals;
-  // The operator at hand, its layer's store and its first activations, and those of three operators,
-  // the next two among them, in turn.
+  // The operator at hand, its layer's store and its first activations, and those of three
+  // operators, the next two among them, in turn.
   static constexpr int kStore = (sizeof(LayerStore<T>) + 15) / 16 * 16;
   static constexpr int kTurn = kOp + kStore + static_cast<int>(sizeof(FirstActs));
   static constexpr int kOpAt = kNodesAt + kNodes;

@@ -27,9 +27,8 @@ struct Signals {
   Turns passed;       // all blocks are done with its last but one predecessor
   Turns helped;       // it is prepared
   RingPlace place;    // of the computing warps
-  Turns factored;     // of scans: factors of their input's norm are there
+  uint64_t factored;  // of a scan: factors of its input's norm are there
   uint64_t began;     // by DeviceClock
-  ScanTile tile;      // of the scan that comes next
 };
 
 // Made anew where it is used, so that nobody holds it in registers.
@@ -113,7 +112,7 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
     const LayerStore<T>& store = *reinterpret_cast<const LayerStore<T>*>(shared + Layout::kStoreAt);
     char* work = shared + Layout::kFixed;
     float* work_floats = reinterpret_cast<float*>(work);
-    const float* factors = reinterpret_cast<const float*>(shared + Layout::kFactorsAt);
+    float* factors = reinterpret_cast<float*>(shared + Layout::kFactorsAt);
     const FirstActs& first_acts =
         *reinterpret_cast<const FirstActs*>(shared + Layout::kFirstActsAt);
     switch (op.kind) {
@@ -121,15 +120,14 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
         Embed<T>(op.embed, nodes, kBucket);
         break;
       case OpKind::kMatmul:
-        ConsumeMatmul<T, kRowTiles>(op.matmul, first_acts, nodes.rows,
-                                    RingOf<T, kRowTiles>(shared), &signals.place,
-                                    reinterpret_cast<float*>(work + kActRingBytes));
+        ConsumeMatmul<T, kRowTiles>(op.matmul, first_acts, nodes.rows, RingOf<T, kRowTiles>(shared),
+                                    &signals.place, reinterpret_cast<float*>(work + kActRingBytes));
         break;
       case OpKind::kScan:
         if constexpr ((kMixers & kSsdMixers) != 0) {
-          Scan<T, kRowTiles>(op.ssd.in, op.ssd.scan, nodes, store, first_acts,
-                             RingOf<T, kRowTiles>(shared), &signals.place, factors, work,
-                             signals.tile, [&] { signals.factored.Wait(op.ssd.scan.number); });
+          Scan<T, kRowTiles>(op.ssd.in, op.ssd.scan, op.norm, nodes, store, first_acts,
+                             RingOf<T, kRowTiles>(shared), &signals.place, &signals.factored,
+                             factors, work);
         }
         break;
       case OpKind::kAttentionInputs:
@@ -219,8 +217,8 @@ struct Description {
 
 // What the warps that help do: while an operator runs, they tell the other blocks that the one
 // before it is done, bring the description of the next but one into shared memory, wait for the
-// other blocks, make the factors of the rows whose sums the next one will read, or of the scan that
-// runs, and bring what a scan reads of earlier passes into shared memory or into the cache.
+// other blocks, make the factors of the rows whose sums the next one will read, and bring what a
+// scan reads of earlier passes into shared memory or into the cache.
 template <typename T, int kRowTiles, int kMixers>
 __device__ __forceinline__ void Help(const PassArguments& arguments, const PassNodes& nodes,
                                      Signals& signals, char* shared) {
@@ -238,8 +236,7 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
     return kSsd && i >= 0 && i < arguments.op_count && op_at(i).kind == OpKind::kScan;
   };
   const auto stage = [&](int i) {
-    StageScan<T, kRowTiles>(op_at(i).ssd.scan, nodes, store_of(i), &signals.tile,
-                            shared + Layout::kFixed);
+    StageScan<T, kRowTiles>(op_at(i).ssd.scan, nodes, store_of(i), shared + Layout::kFixed);
   };
   Description<Op> coming;
   Description<LayerStore<T>> coming_store;
@@ -291,8 +288,8 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
       if (i == arguments.op_count) break;
       signals.copied.Wait(i);
       if (SendsActs(8 * kRowTiles) && op.product() != nullptr && lane == 0) {
-        ListActs<T>(*op.product(), kRowTiles,
-                    reinterpret_cast<FirstActs*>(place(i) + Layout::kOp + Layout::kStore));
+        *reinterpret_cast<uint4*>(place(i) + Layout::kOp + Layout::kStore) =
+            __ldg(reinterpret_cast<const uint4*>(op.product()->first_acts + blockIdx.x));
       }
       // A scan's memory is free, and what it reads there, when the last but two is done; but what a
       // commit moves behind the first operator's barrier.
@@ -306,16 +303,11 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
       }
       signals.passed.Wait(i);
     }
-    // A scan's factors are of what all blocks did in the operator before it, and so are made while
-    // it runs.
-    const bool scans = is_scan(i - 1);
-    const RowNorm& norm = scans ? op_at(i - 1).norm : op.norm;
-    if (norm.squares != nullptr && (scans || !is_scan(i))) {
-      HelpRowFactors(norm, nodes.rows, helper, kHelpers, factors);
+    if (op.norm.squares != nullptr && !is_scan(i)) {
+      HelpRowFactors(op.norm, nodes.rows, helper, kHelpers, factors);
     }
     __syncwarp();
-    if (scans && lane == 0) signals.factored.Arrive(op_at(i - 1).ssd.scan.number);
-    if (scans && is_scan(i) && helper == 1) {
+    if (helper == 1 && is_scan(i - 1) && is_scan(i)) {
       signals.finished.Wait(i - 1);
       stage(i);
     }
@@ -350,7 +342,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     signals.finished.Init(1);
     signals.copied.Init(1);
     signals.passed.Init(1);
-    signals.factored.Init(kHelpers);
+    BarrierInit(&signals.factored, 1);
     signals.helped.Init(kHelpers + 1);  // and the thread that brings activations
     signals.place = {};
     signals.began = DeviceClock();

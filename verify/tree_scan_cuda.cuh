@@ -1,11 +1,11 @@
 // The tree scan of Mamba-2 on the device, one operator from in_proj to out_proj's input. Formulas
 // and exactness as in verify/tree_scan.h.
 //
-// Blocks take a tile of channels of x, some groups of eight side by side, and make in_proj's x and z
-// of those themselves (an own product, core/ops/matmul_cuda.cuh): these never leave the block. B, C
-// and dt, that all blocks need, are the early part of that product. While two groups of warps
-// multiply, the two others do all that x and z are not needed for: each block sends a few columns of
-// B, C and dt to all, convolved and activated; then the log decays, scores C . B, the state term
+// Blocks take a tile of channels of x, some groups of eight side by side, and make in_proj's x and
+// z of those themselves (an own product, core/ops/matmul_cuda.cuh): these never leave the block. B,
+// C and dt, that all blocks need, are the early part of that product. While two groups of warps
+// multiply, the two others do all that x and z are not needed for: each block sends a few columns
+// of B, C and dt to all, convolved and activated; then the log decays, scores C . B, the state term
 // S C, and the sum over the prefix's part of the path. With x and z come the convolution along
 // ancestors, the sum over the path's pending nodes, D skip, gate and the gated norm's weights.
 // Nobody waits for more than the numbers that he reads.
@@ -16,8 +16,8 @@
 //
 // Both products run over the state in blocks of 32, of which a lane l holds the eight from
 // 8 (l % 4) on, so that operands are vectors in memory. Checkpoints S are stored as halves of first
-// operands: blocks [p / 8][n / 32] of 256 f32, p the channel of x, in which S[p, n] is element n % 4
-// of vector n % 8 / 4 * 32 + lane, with lane = p % 8 * 4 + n % 32 / 8.
+// operands: blocks [p / 8][n / 32] of 256 f32, p the channel of x, in which S[p, n] is element n %
+// 4 of vector n % 8 / 4 * 32 + lane, with lane = p % 8 * 4 + n % 32 / 8.
 
 #ifndef CANOPY_VERIFY_TREE_SCAN_CUDA_CUH_
 #define CANOPY_VERIFY_TREE_SCAN_CUDA_CUH_
@@ -37,8 +37,8 @@ inline constexpr int kEarly = 32 * kEarlyWarps;
 static_assert(2 * kMostGroups * kGroup / 64 * 4 <= kConsumerWarps - kEarlyWarps);
 
 // Channels of x, z and u: [heads][padded_head]; those of the convolution are x, B and C. A tile has
-// `tile_groups` groups of them, the last of a group of heads fewer; in_proj makes x and z of a group
-// side by side, 16 outputs. Early columns: B and C [groups][d_state], dt [heads].
+// `tile_groups` groups of them, the last of a group of heads fewer; in_proj makes x and z of a
+// group side by side, 16 outputs. Early columns: B and C [groups][d_state], dt [heads].
 struct ScanOp {
   int heads = 0;
   int head_dim = 0;
@@ -56,20 +56,13 @@ struct ScanOp {
   // layer have some each, and the first one sends B, C and dt.
   int first_tile = 0;
   int tiles = 0;
-  int number = 0;          // of the operator among the scans of its pass
-  Partials partials;       // of early columns
-  const float* in_bias = nullptr;      // of early columns
-  const float* tile_bias = nullptr;    // [tiles][tile_groups][x, z][kGroup]
-  const float* conv_weight = nullptr;  // [taps + 1][channels]
-  const float* conv_bias = nullptr;    // [channels]
-  const float* a = nullptr;            // [heads]
-  const float* d = nullptr;
-  const float* dt_bias = nullptr;
+  int number = 0;                // of the operator among the scans of its pass
+  Partials partials;             // of early columns
+  const char* packed = nullptr;  // a block's part, see ScanLayout: [blocks][packed_bytes]
+  int packed_bytes = 0;
   float dt_min = 0.0f;
   float dt_max = 0.0f;
-  const float* norm_weight = nullptr;  // [heads][padded_head]
   int norm_groups = 1;
-  int group_columns = 0;  // of a norm group in act: padded to k-steps
   // B, C and dt as they are sent, see kUnsent: [kMaxRows] rows of sent_bytes bytes, of T [2][groups
   // * padded_d_state] and f32 [heads].
   char* sent = nullptr;
@@ -111,22 +104,59 @@ inline constexpr int kMostSentColumns = 64;
 inline constexpr int kWeightStride = kRing + 4;
 inline constexpr int kPadding = 4;
 
-// What a tile needs of the convolution before its inputs: weights, bias, inputs of the prefix. Then
-// the norm's weights, and zeros.
-inline constexpr int kConvRows = (kMaxTaps + 1) + 1 + kMaxTaps;
-inline constexpr int kStagedRows = kConvRows + 2;
+// Rows of a tile's channels: the convolution's weights of inputs 0, 1, ... positions back, its
+// bias, the norm's weights, in_proj's bias of x and of z. Then, not packed, its inputs of the
+// prefix, and zeros.
+inline constexpr int kConvBias = kMaxTaps + 1;
+inline constexpr int kNormRow = kConvBias + 1;
+inline constexpr int kXBias = kNormRow + 1;
+inline constexpr int kZBias = kXBias + 1;
+inline constexpr int kPackedRows = kZBias + 1;
+inline constexpr int kInputRow = kPackedRows;
+inline constexpr int kZeroRow = kInputRow + kMaxTaps;
+// And of the columns of B, C and dt that a block sends: weights, bias, and in_proj's bias; then
+// inputs.
+inline constexpr int kSentBias = kMaxTaps + 1;
+inline constexpr int kSentInBias = kSentBias + 1;
+inline constexpr int kSentRows = kSentInBias + 1;
 inline constexpr int kDecays = kRing + kMaxRows;
-// And of the columns of B, C and dt that a block sends: the convolution's, and in_proj's bias.
-inline constexpr int kSentRows = kConvRows + 1;
+
+// A block's tile, known when the model is loaded.
+struct ScanTile {
+  int first_group, groups;  // of channels
+  int state_group;          // of heads
+  int first_head, heads;
+  int first_head_groups;        // groups of the first head
+  int place[kMostGroups];       // of a group's channels in act
+  int16_t dims[kMostGroups];    // that are there of a group
+  int16_t zeros[kMostGroups];   // of act behind the group, the last one of its norm group
+  int16_t square[kMostGroups];  // place of the sum of squares of the tile in the group's norm group
+
+  CANOPY_HOST_DEVICE int column() const { return first_group * kGroup; }
+  CANOPY_HOST_DEVICE int channels() const { return groups * kGroup; }
+};
+
+// What a block reads of a model's weights for its part of a scan, besides in_proj's: the tile, D
+// and A of its heads, rows of the columns it sends and of its channels. In bytes.
+struct ScanPacked {
+  int skip, sent, conv, bytes;
+
+  CANOPY_HOST_DEVICE ScanPacked(int sent_columns, int channels) {
+    skip = PadTo16(static_cast<int>(sizeof(ScanTile)));  // [heads of a tile][D, A]
+    sent = skip + kMostTileHeads * 2 * 4;
+    conv = sent + PadTo(4, kSentRows * sent_columns) * 4;
+    bytes = conv + kPackedRows * channels * 4;
+  }
+};
 
 // Shared memory of the operator, in bytes, for buckets of `rows` rows and tiles of `channels`.
 // First what x and z make, in the place of the product's activations and what was needed before;
-// from `terms` on what stays; from `decay` on what is brought while the operator before is at work.
+// from `terms` on what stays; from `decay` on what is brought while operators before are at work.
 template <typename T>
 struct ScanLayout {
   int stride;  // floats between rows of raw, gate, x and terms
   int raw, gate, x, pending_u, squares;
-  int c, sent, terms, weights, dt, boundary, decay, conv, ring_u, sent_conv, end;
+  int c, sent, terms, weights, dt, boundary, decay, packed, conv, sent_inputs, ring_u, end;
 
   CANOPY_HOST_DEVICE ScanLayout(int rows, int padded_d_state, int sent_columns, int channels) {
     stride = channels + kPadding;
@@ -146,25 +176,13 @@ struct ScanLayout {
     boundary = dt + kMostTileHeads * rows * 4;
     decay = boundary + kMostTileHeads * rows * 4;
     if (decay < kMatmulWorkBytes) decay = kMatmulWorkBytes;
-    conv = decay + kMostTileHeads * (kDecays + 2) * 4;  // D and A behind the decays
-    ring_u = conv + kStagedRows * channels * 4;
-    sent_conv = ring_u + kRing * channels * 4;
-    end = sent_conv + PadTo(4, kSentRows * sent_columns) * 4;
+    packed = decay + kMostTileHeads * kDecays * 4;
+    const ScanPacked in_packed(sent_columns, channels);
+    conv = packed + in_packed.conv;
+    sent_inputs = conv + (kZeroRow + 1) * channels * 4;
+    ring_u = sent_inputs + PadTo(4, kMaxTaps * sent_columns) * 4;
+    end = ring_u + kRing * channels * 4;
   }
-};
-
-// A block's tile. Made once, and read by all threads.
-struct ScanTile {
-  int first_group, groups;  // of channels
-  int state_group;          // of heads
-  int first_head, heads;
-  int first_head_groups;      // groups of the first head
-  int place[kMostGroups];     // of a group's channels in act
-  int16_t dims[kMostGroups];  // that are there of a group
-  int16_t zeros[kMostGroups];  // of act behind the group, the last one of its norm group
-
-  CANOPY_HOST_DEVICE int column() const { return first_group * kGroup; }
-  CANOPY_HOST_DEVICE int channels() const { return groups * kGroup; }
 };
 
 }  // namespace canopy::cuda
@@ -177,8 +195,7 @@ namespace canopy::cuda {
 
 // Item `item` of rows that have `each` items; both are small.
 __device__ inline int RowOfItem(int item, int each) {
-  return __float2int_rd(
-      __fdividef(static_cast<float>(item) + 0.5f, static_cast<float>(each)));
+  return __float2int_rd(__fdividef(static_cast<float>(item) + 0.5f, static_cast<float>(each)));
 }
 
 // The block's columns of B, C and dt. The last blocks have the first ones, for there may be more
@@ -187,40 +204,14 @@ __device__ inline int FirstSentColumn(const ScanOp& op) {
   return (gridDim.x - 1 - blockIdx.x) * op.sent_columns;
 }
 
-// What SendColumns reads of weights and of the prefix into shared memory. One warp.
-template <typename T>
-__device__ inline void StageColumns(const ScanOp& op, const LayerStore<T>& store, float* staged) {
-  const int states = 2 * op.groups * op.d_state, columns = op.sent_columns;
-  const int begin = FirstSentColumn(op), width = op.heads * op.padded_head;
-#pragma unroll 2
-  for (int i = threadIdx.x % 32; i < kSentRows * columns; i += 32) {
-    const int r = RowOfItem(i, columns), column = begin + i - r * columns;
-    const int channel = width + column;
-    const bool is_dt = column >= states;
-    bool there = column < states + op.heads;
-    const float* from = store.conv + (r - kMaxTaps - 2) * op.channels + channel;
-    if (r <= kMaxTaps) {
-      from = op.conv_weight + (op.taps - r) * op.channels + channel;
-      there &= !is_dt && r <= op.taps;
-    } else if (r == kMaxTaps + 1) {
-      from = is_dt ? op.dt_bias + (column - states) : op.conv_bias + channel;
-    } else if (r == kConvRows) {
-      from = op.in_bias + column;
-      there &= op.in_bias != nullptr;
-    } else {
-      there &= !is_dt && r - kMaxTaps - 2 < op.taps;
-    }
-    staged[i] = LoadNew(from, there);
-  }
-}
-
 // The block's columns of B, C and dt of all nodes, once their sums come: into the store and to all
-// blocks. By thread `thread` of kThreads, whose barrier is kBarrier. raw: shared memory,
-// [rows][sent_columns].
+// blocks. By thread `thread` of kThreads, whose barrier is kBarrier. staged: rows of ScanPacked;
+// inputs: of the prefix, and raw: [rows][sent_columns], in shared memory.
 template <typename T, int kBarrier, int kThreads>
 __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& nodes,
                                             const LayerStore<T>& store, const float* factors,
-                                            int thread, const float* staged, float* raw) {
+                                            int thread, const float* staged, const float* inputs,
+                                            float* raw) {
   const int states = op.groups * op.d_state, b_width = op.groups * op.padded_d_state;
   const int width = op.heads * op.padded_head;
   const int rows = nodes.rows, columns = op.sent_columns;
@@ -231,8 +222,8 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
   const bool active = first_row < min(step, rows) && column < 2 * states + op.heads;
   const bool is_dt = column >= 2 * states, in_conv = active && !is_dt;
   const int splits = active ? Splits(op.partials, column) : 0;
-  const float own_bias = staged[(kMaxTaps + 1) * columns + own];
-  const float in_bias = staged[kConvRows * columns + own];
+  const float own_bias = staged[kSentBias * columns + own];
+  const float in_bias = staged[kSentInBias * columns + own];
 #pragma unroll 1
   for (int row = first_row; active && row < rows; row += step) {
     SumVector<1, kMostEarlySplits> sum;
@@ -270,7 +261,7 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
       float input = 0.0f;
       if (tap >= 0) input = raw[tap * columns + own];
       if (tap <= -2) {
-        input = earlier < op.taps ? staged[(kMaxTaps + 2 + earlier) * columns + own]
+        input = earlier < op.taps ? inputs[earlier * columns + own]
                                   : LoadNew(conv + earlier * op.channels);
       }
       if (m <= op.taps) sum = fmaf(staged[m * columns + own], input, sum);
@@ -329,102 +320,67 @@ struct Vector {
 };
 
 // Of the operator's tiles; not every block has one.
-__device__ inline bool HasTile(const ScanOp& op) {
-  return static_cast<int>(blockIdx.x) < op.tiles;
-}
+__device__ inline bool HasTile(const ScanOp& op) { return static_cast<int>(blockIdx.x) < op.tiles; }
 __device__ inline int TileOfBlock(const ScanOp& op) {
   return op.first_tile + static_cast<int>(blockIdx.x);
 }
 
-// One warp.
-__device__ inline void SetTile(const ScanOp& op, ScanTile* tile) {
-  const int task = TileOfBlock(op);
-  const int lane = threadIdx.x % 32, per_head = op.HeadGroups();
-  const int first = op.FirstGroup(task), groups = op.GroupsOf(task);
-  if (lane == 0) {
-    const int head = first / per_head;
-    tile->first_group = first;
-    tile->groups = groups;
-    tile->state_group = task / op.tiles_of_group;
-    tile->first_head = head;
-    tile->heads = (first + groups - 1) / per_head - head + 1;
-    tile->first_head_groups = min(groups, (head + 1) * per_head - first);
-  }
-  if (lane < groups) {
-    const int head = (first + lane) / per_head;
-    const int dim = (first + lane - head * per_head) * kGroup;
-    const int dims = min(kGroup, op.head_dim - dim);
-    const int heads_per_norm = op.heads / op.norm_groups, norm_group = head / heads_per_norm;
-    const int in_norm = (head - norm_group * heads_per_norm) * op.head_dim + dim;
-    const bool last = in_norm + dims == heads_per_norm * op.head_dim;
-    tile->place[lane] = norm_group * op.group_columns + in_norm;
-    tile->dims[lane] = static_cast<int16_t>(dims);
-    tile->zeros[lane] =
-        static_cast<int16_t>(last ? op.group_columns - heads_per_norm * op.head_dim : 0);
-  }
-  __syncwarp();
-}
-
-// What a tile reads of weights and of earlier passes, into shared memory. One warp.
-template <typename T>
-__device__ inline void StageTile(const ScanOp& op, const PassNodes& nodes,
-                                 const LayerStore<T>& store, const ScanTile& tile,
-                                 const ScanLayout<T>& layout, char* work) {
+// What the block's part of a scan reads of weights and of earlier passes, into shared memory. One
+// warp, which has all of it under way at once.
+template <typename T, int kRowTiles>
+__device__ inline void StageScan(const ScanOp& op, const PassNodes& nodes,
+                                 const LayerStore<T>& store, char* work) {
   const int lane = threadIdx.x % 32;
   const int channels = op.tile_groups * kGroup, width = op.heads * op.padded_head;
-  const int column = tile.column(), vectors = tile.channels() / 4;
-  float* decay = reinterpret_cast<float*>(work + layout.decay);
-  float* conv = reinterpret_cast<float*>(work + layout.conv);
-  float* ring_u = reinterpret_cast<float*>(work + layout.ring_u);
+  const ScanLayout<T> layout(8 * kRowTiles, op.padded_d_state, op.sent_columns, channels);
+  const char* packed = op.packed + static_cast<int64_t>(blockIdx.x) * op.packed_bytes;
 #pragma unroll 4
-  for (int i = lane; i < (nodes.prefix - nodes.first_checkpoint) * vectors; i += 32) {
-    const int row = RowOfItem(i, vectors), p = (i - row * vectors) * 4;
-    const int place = (nodes.first_checkpoint + row) % kRing;
-    CopyAsync16(ring_u + place * channels + p, store.u + (place * width + column + p));
+  for (int at = lane * 16; at < op.packed_bytes; at += 32 * 16) {
+    CopyAsync16(work + layout.packed + at, packed + at);
   }
-  // Weights of inputs 0, 1, ... positions back, bias, stored inputs, weights of the norm, zeros.
-#pragma unroll 4
-  for (int i = lane; i < kStagedRows * vectors; i += 32) {
-    const int r = RowOfItem(i, vectors), p = (i - r * vectors) * 4;
-    const float* from = op.conv_weight + (op.taps - r) * op.channels;
-    bool there = r <= op.taps;
-    if (r == kMaxTaps + 1) from = op.conv_bias, there = true;
-    if (r > kMaxTaps + 1) {
-      from = store.conv + (r - kMaxTaps - 2) * op.channels;
-      there = r - kMaxTaps - 2 < op.taps;
-    }
-    if (r == kConvRows) from = op.norm_weight, there = true;
-    if (r == kConvRows + 1) there = false;
-    *reinterpret_cast<float4*>(conv + r * channels + p) = LoadNew4(from + column + p, there);
-  }
+  const int group = op.FirstGroup(TileOfBlock(op)), column = group * kGroup;
+  const int vectors = HasTile(op) ? op.GroupsOf(TileOfBlock(op)) * (kGroup / 4) : 0;
+  // A lane takes every 32nd vector of 16 bytes of rows of the tile's channels.
+  const auto copy_rows = [&](int count, const auto& to, const auto& from) {
+    int row = 0, vector = lane;
 #pragma unroll 1
-  for (int h = 0; h < tile.heads; ++h) {
-    const int head = tile.first_head + h;
-    if (lane < 2) {
-      decay[kMostTileHeads * kDecays + h * 2 + lane] =
-          LoadWeight((lane == 0 ? op.d : op.a) + head);
+    for (int i = lane; i < count * vectors; i += 32, vector += 32) {
+      while (vector >= vectors) vector -= vectors, ++row;
+      CopyAsync16(to(row) + vector * 4, from(row) + column + vector * 4);
     }
+  };
+  float* ring_u = reinterpret_cast<float*>(work + layout.ring_u);
+  const auto place = [&](int row) { return (nodes.first_checkpoint + row) % kRing; };
+  copy_rows(
+      nodes.prefix - nodes.first_checkpoint,
+      [&](int row) { return ring_u + place(row) * channels; },
+      [&](int row) { return store.u + place(row) * width; });
+  float* inputs = reinterpret_cast<float*>(work + layout.conv) + kInputRow * channels;
+  copy_rows(
+      op.taps, [&](int row) { return inputs + row * channels; },
+      [&](int row) { return store.conv + row * op.channels; });
+  for (int i = lane; i < channels; i += 32) {
+    inputs[(kZeroRow - kInputRow) * channels + i] = 0.0f;
+  }
+  // Decays of two heads and inputs of the columns that are sent: single floats.
+  const int head = group / op.HeadGroups(), heads = HasTile(op) ? min(2, op.heads - head) : 0;
+  float* decay = reinterpret_cast<float*>(work + layout.decay);
 #pragma unroll 4
-    for (int i = lane; i < kRing + nodes.first_pending; i += 32) {
-      decay[h * kDecays + i] = LoadNew(store.l + (i * op.heads + head));
+  for (int i = lane; i < heads * (kRing + nodes.first_pending); i += 32) {
+    const int row = heads == 2 ? i / 2 : i, h = heads == 2 ? i % 2 : 0;
+    decay[h * kDecays + row] = LoadNew(store.l + (row * op.heads + head + h));
+  }
+  if (op.first_tile == 0) {
+    float* sent_inputs = reinterpret_cast<float*>(work + layout.sent_inputs);
+    const int first = FirstSentColumn(op), states = 2 * op.groups * op.d_state;
+    for (int tap = 0; tap < op.taps; ++tap) {
+      for (int i = lane; i < op.sent_columns; i += 32) {
+        sent_inputs[tap * op.sent_columns + i] =
+            LoadNew(store.conv + (tap * op.channels + width + first + i), first + i < states);
+      }
     }
   }
   CopiesWait();
-}
-
-// What the block's part of a scan reads of weights and of earlier passes, into shared memory. One
-// warp.
-template <typename T, int kRowTiles>
-__device__ inline void StageScan(const ScanOp& op, const PassNodes& nodes,
-                                 const LayerStore<T>& store, ScanTile* tile, char* work) {
-  const ScanLayout<T> layout(8 * kRowTiles, op.padded_d_state, op.sent_columns,
-                             op.tile_groups * kGroup);
-  if (op.first_tile == 0) {
-    StageColumns(op, store, reinterpret_cast<float*>(work + layout.sent_conv));
-  }
-  if (!HasTile(op)) return;
-  SetTile(op, tile);
-  StageTile(op, nodes, store, *tile, layout, work);
 }
 
 // Into the state terms: their decay, and the path sum over the prefix, whose rows nodes share: of
@@ -521,13 +477,53 @@ struct StateBlock {
   float4 v[2][2];
 };
 
+// Factors of the rows that the product read, by warp `warp` of `warps`, once the sums of squares
+// come.
+template <int kRowTiles>
+__device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int warp, int warps,
+                                            float* factors) {
+  constexpr int kBatch = kRowTiles < 8 ? kRowTiles : 8;
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int first = warp; first < rows; first += kBatch * warps) {
+    float sums[kBatch] = {};
+#pragma unroll 1
+    for (int part = lane; part < PadTo(32, norm.count); part += 32) {
+      float v[kBatch];
+      bool unsent;
+      do {
+        unsent = false;
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) {
+          const int row = first + n * warps;
+          v[n] = LoadSent(norm.squares + row * norm.count + part, part < norm.count && row < rows);
+          unsent |= SendsActs(8 * kRowTiles) && IsUnsent(v[n]);
+        }
+      } while (unsent);
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) sums[n] += v[n];
+    }
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) sums[n] = WarpSum(sums[n]);
+    if (lane == 0) {
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) {
+        const int row = first + n * warps;
+        if (row < rows) factors[row] = rsqrtf(fmaf(sums[n], norm.inverse_width, norm.eps));
+      }
+    }
+  }
+}
+
 // What a tile's scan needs neither x nor z for. By the last kEarly computing threads, of which one
-// half makes the state term and the other log decays and scores; of few rows the other also sends
-// B, C and dt, while the state is loaded. ready() returns when factors of the rows are there.
-template <typename T, int kRowTiles, typename Ready>
+// half makes the state term and the other log decays and scores; of few rows the other also makes
+// the rows' factors and sends B, C and dt, while the state is loaded. done() tells that factors are
+// there.
+template <typename T, int kRowTiles, typename Done>
 __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nodes,
-                                          const LayerStore<T>& store, const float* factors,
-                                          char* work, const ScanTile& tile, const Ready& ready) {
+                                          const LayerStore<T>& store, const RowNorm& norm,
+                                          float* factors, char* work, const Done& done) {
   constexpr int kRows = 8 * kRowTiles;
   constexpr bool kFew = kRowTiles <= 2;
   constexpr int kHalf = kEarly / 2, kHalfWarps = kEarlyWarps / 2;
@@ -542,6 +538,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   const int rows = nodes.rows, prefix = nodes.prefix;
   const int new_rows = kRing + nodes.first_pending;  // stored rows before those of this pass
   const int end_rows = new_rows + rows;
+  const ScanTile& tile = *reinterpret_cast<const ScanTile*>(work + layout.packed);
   const int b_width = op.groups * ds, state_column = tile.state_group * ds;
   const bool has_tile = HasTile(op), sends = op.first_tile == 0;
   T* c = reinterpret_cast<T*>(work + layout.c);
@@ -550,16 +547,24 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   float* dts = reinterpret_cast<float*>(work + layout.dt);
   float* boundary = reinterpret_cast<float*>(work + layout.boundary);
   float* decay = reinterpret_cast<float*>(work + layout.decay);
-  const float* d_and_a = decay + kMostTileHeads * kDecays;
-  const float* sent_conv = reinterpret_cast<const float*>(work + layout.sent_conv);
+  const ScanPacked packed(op.sent_columns, channels);
+  const float* skip_and_a = reinterpret_cast<const float*>(work + layout.packed + packed.skip);
+  const float* sent_staged = reinterpret_cast<const float*>(work + layout.packed + packed.sent);
+  const float* sent_inputs = reinterpret_cast<const float*>(work + layout.sent_inputs);
   float* sent_raw = reinterpret_cast<float*>(work + layout.sent);
-  if (!kFew && sends) {
-    ready();
-    SendColumns<T, kAllBarrier, kEarly>(op, nodes, store, factors, tid, sent_conv, sent_raw);
+  if (!kFew) {
+    MakeFactors<kRowTiles>(norm, rows, tid / 32, kEarlyWarps, factors);
+    SyncWarps<kAllBarrier, kEarly>();
+    if (tid == 0) done();
+    if (sends) {
+      SendColumns<T, kAllBarrier, kEarly>(op, nodes, store, factors, tid, sent_staged, sent_inputs,
+                                          sent_raw);
+    }
   }
   if (makes_terms) {
     if (!has_tile) return;
-    // The state term S C_i with the checkpoint that node i reads: a warp has two groups of channels.
+    // The state term S C_i with the checkpoint that node i reads: a warp has two groups of
+    // channels.
     constexpr int kAhead = kFew ? 4 : 2;  // blocks of 32 states
     const int groups_left = tile.groups - warp * 2;
     StateBlock s[kAhead];
@@ -570,8 +575,8 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int half = i % 2, step = i / 2;
-        to.v[step][half] = LoadWeight4(at + (half * kGroup * ds + step * 128),
-                                       there && half < groups_left);
+        to.v[step][half] =
+            LoadWeight4(at + (half * kGroup * ds + step * 128), there && half < groups_left);
       }
     };
 #pragma unroll
@@ -654,9 +659,14 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
     }
   } else {
     const int thread = tid - kHalf;
-    if (kFew && sends) {
-      ready();
-      SendColumns<T, kScoreBarrier, kHalf>(op, nodes, store, factors, thread, sent_conv, sent_raw);
+    if (kFew) {
+      MakeFactors<kRowTiles>(norm, rows, warp, kHalfWarps, factors);
+      SyncWarps<kScoreBarrier, kHalf>();
+      if (thread == 0) done();
+      if (sends) {
+        SendColumns<T, kScoreBarrier, kHalf>(op, nodes, store, factors, thread, sent_staged,
+                                             sent_inputs, sent_raw);
+      }
     }
     if (!has_tile) return;
     // Eight stored rows of B a warp at a time: of the prefix, then pending ones.
@@ -705,7 +715,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
         float* decays = decay + h * kDecays;
         const int t = nodes.position[row], start = nodes.checkpoint[row];
         const int segment = t / kSegment * kSegment;
-        const float a = d_and_a[h * 2 + 1];
+        const float a = skip_and_a[h * 2 + 1];
         const int from = max(start, prefix);
         float l = start < prefix ? decays[(prefix - 1) % kRing] : 0.0f;
         float at_boundary =
@@ -731,9 +741,9 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
     }
     SyncWarps<kCHereBarrier, kEarly>();
 
-    // Scores C_i . B_j, and of few rows weights[i][position of j - checkpoint of i] = exp(difference
-    // of log decays) * score. Across the segment boundary the first segment's rest and the node's
-    // own part are added.
+    // Scores C_i . B_j, and of few rows weights[i][position of j - checkpoint of i] =
+    // exp(difference of log decays) * score. Across the segment boundary the first segment's rest
+    // and the node's own part are added.
     constexpr int kRowBlocks = (kRows + 15) / 16;
 #pragma unroll 1
     for (int i = warp; i < all_groups; i += kHalfWarps) {
@@ -803,18 +813,19 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
           const bool on_path = j < kRing || (mask >> ((j - kRing) & 63) & 1) != 0;
           if (position < start || !on_path) continue;
           const float score = scores[n / 2][n % 2 * 2 + half];
-          if (!kFew) {
+          if constexpr (!kFew) {
             weights[row * kWeightStride + position - start] = score;
-            continue;
-          }
+          } else {
 #pragma unroll 1
-          for (int h = 0; h < tile.heads; ++h) {
-            const float* decays = decay + h * kDecays;
-            const float node_decay = decays[new_rows + row];
-            const float exponent = position < segment
-                                       ? (boundary[h * kRows + row] - decays[j]) + node_decay
-                                       : node_decay - decays[j];
-            weights[(h * kRows + row) * kWeightStride + position - start] = score * expf(exponent);
+            for (int h = 0; h < tile.heads; ++h) {
+              const float* decays = decay + h * kDecays;
+              const float node_decay = decays[new_rows + row];
+              const float exponent = position < segment
+                                         ? (boundary[h * kRows + row] - decays[j]) + node_decay
+                                         : node_decay - decays[j];
+              weights[(h * kRows + row) * kWeightStride + position - start] =
+                  score * expf(exponent);
+            }
           }
         }
       }
@@ -826,25 +837,21 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   }
 }
 
-// x before the convolution, and the gates, of the tile's sums as the product leaves them: a warp has
-// a block of 16 outputs, x, and 8 further z, of channel lane / 4 of its group.
+// x before the convolution, and the gates, of the tile's sums as the product leaves them: a warp
+// has a block of 16 outputs, x, and 8 further z, of channel lane / 4 of its group.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void KeepTile(const ScanOp& op, int rows, const float* factors,
-                                         char* work, const ScanTile& tile,
-                                         const float (&sums)[kRowTiles][4]) {
+                                         char* work, const float (&sums)[kRowTiles][4]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
-  if (warp >= tile.groups) return;
   const ScanLayout<T> layout(8 * kRowTiles, op.padded_d_state, op.sent_columns,
                              op.tile_groups * kGroup);
+  if (warp >= reinterpret_cast<const ScanTile*>(work + layout.packed)->groups) return;
   const int channel = warp * kGroup + lane / 4;
   float* raw = reinterpret_cast<float*>(work + layout.raw) + channel;
   float* gates = reinterpret_cast<float*>(work + layout.gate) + channel;
-  float bias[2] = {0.0f, 0.0f};
-  if (op.tile_bias != nullptr) {
-    const int at = (TileOfBlock(op) * op.tile_groups + warp) * 2 * kGroup + lane / 4;
-    bias[0] = LoadWeight(op.tile_bias + at);
-    bias[1] = LoadWeight(op.tile_bias + at + kGroup);
-  }
+  const float* bias = reinterpret_cast<const float*>(work + layout.conv) + channel;
+  const float x_bias = bias[kXBias * op.tile_groups * kGroup];
+  const float z_bias = bias[kZBias * op.tile_groups * kGroup];
 #pragma unroll
   for (int n = 0; n < kRowTiles; ++n) {
 #pragma unroll
@@ -852,8 +859,8 @@ __device__ __forceinline__ void KeepTile(const ScanOp& op, int rows, const float
       const int row = n * 8 + quad * 2 + c;
       if (row >= rows) continue;
       const float factor = factors[row];
-      raw[row * layout.stride] = fmaf(factor, sums[n][c], bias[0]);
-      gates[row * layout.stride] = Silu(fmaf(factor, sums[n][2 + c], bias[1]));
+      raw[row * layout.stride] = fmaf(factor, sums[n][c], x_bias);
+      gates[row * layout.stride] = Silu(fmaf(factor, sums[n][2 + c], z_bias));
     }
   }
 }
@@ -861,12 +868,12 @@ __device__ __forceinline__ void KeepTile(const ScanOp& op, int rows, const float
 // The rest, by all computing threads, once that is done and ScanEarly.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& nodes,
-                                         const LayerStore<T>& store, char* work,
-                                         const ScanTile& tile) {
+                                         const LayerStore<T>& store, char* work) {
   constexpr int kRows = 8 * kRowTiles;
   constexpr int kVec = kRows < 32 ? kRows / 8 : 4;  // channels of an item
   const int tid = threadIdx.x, channels = op.tile_groups * kGroup;
   const ScanLayout<T> layout(kRows, op.padded_d_state, op.sent_columns, channels);
+  const ScanTile& tile = *reinterpret_cast<const ScanTile*>(work + layout.packed);
   const int stride = layout.stride;
   const float* raw = reinterpret_cast<const float*>(work + layout.raw);
   const float* gates = reinterpret_cast<const float*>(work + layout.gate);
@@ -878,8 +885,8 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
   const float* dts = reinterpret_cast<const float*>(work + layout.dt);
   const float* decay = reinterpret_cast<const float*>(work + layout.decay);
   const float* conv = reinterpret_cast<const float*>(work + layout.conv);
-  const float* norm_weights = conv + kConvRows * channels;
-  const float* d_and_a = decay + kMostTileHeads * kDecays;
+  const float* skips = reinterpret_cast<const float*>(work + layout.packed +
+                                                      ScanPacked(op.sent_columns, channels).skip);
   const int rows = nodes.rows, prefix = nodes.prefix, width = op.heads * op.padded_head;
   const int new_rows = kRing + nodes.first_pending;
 
@@ -890,13 +897,13 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
     const int row = RowOfItem(item, each), dim = (item - row * each) * kVec;
     if (dim >= tile.channels()) continue;
     const int column = tile.column() + dim;
-    Vector<kVec> sum = Vector<kVec>::Load(conv + (kMaxTaps + 1) * channels + dim);
+    Vector<kVec> sum = Vector<kVec>::Load(conv + kConvBias * channels + dim);
     Vector<kVec> inputs[kMaxTaps + 1];
 #pragma unroll
     for (int m = 0; m <= kMaxTaps; ++m) {
       const int tap = m == 0 ? row : nodes.taps[row][m - 1], earlier = -2 - tap;
       // Rows of the prefix, or zeros.
-      const float* from = conv + (earlier < 0 ? kConvRows + 1 : kMaxTaps + 2 + earlier) * channels;
+      const float* from = conv + (earlier < 0 ? kZeroRow : kInputRow + earlier) * channels;
       if (tap >= 0) from = raw + tap * stride;
       if (earlier >= op.taps) {
         inputs[m] = Vector<kVec>::LoadNew(store.conv + (earlier * op.channels + column));
@@ -932,8 +939,8 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
       const int row = item / kRing, k = item % kRing;
       const int start = nodes.checkpoint[row], position = start + k, t = nodes.position[row];
       if (position > t) continue;
-      const int j = position < prefix ? position % kRing
-                                      : kRing + nodes.path[row][position - prefix];
+      const int j =
+          position < prefix ? position % kRing : kRing + nodes.path[row][position - prefix];
       float* to = weights + row * kWeightStride + k;
       const float score = *to;
 #pragma unroll
@@ -975,16 +982,15 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
       Vector<kVec> y = Vector<kVec>::Load(terms + row * stride + dim);
       const Vector<kVec> x = Vector<kVec>::Load(xs + row * stride + dim);
       const Vector<kVec> gate = Vector<kVec>::Load(gates + row * stride + dim);
-      const Vector<kVec> norm = Vector<kVec>::Load(norm_weights + dim);
+      const Vector<kVec> norm = Vector<kVec>::Load(conv + kNormRow * channels + dim);
 #pragma unroll 2
       for (int k = 0; k < count; ++k) {
         const float w = row_weights[k];
-        const Vector<kVec> u =
-            Vector<kVec>::Load(pending_u + nodes.path[row][k] * channels + dim);
+        const Vector<kVec> u = Vector<kVec>::Load(pending_u + nodes.path[row][k] * channels + dim);
 #pragma unroll
         for (int v = 0; v < kVec; ++v) y.v[v] = fmaf(w, u.v[v], y.v[v]);
       }
-      const float skip = d_and_a[h * 2];
+      const float skip = skips[h * 2];
       float out[4] = {};
 #pragma unroll
       for (int v = 0; v < kVec; ++v) {
@@ -1016,8 +1022,9 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
       }
     }
     // One tree over the eight channels of a group, however they are spread over threads.
-    float sum = kVec == 1 ? square[0]
-                          : __fadd_rn(__fadd_rn(square[0], square[1]), __fadd_rn(square[2], square[3]));
+    float sum = kVec == 1
+                    ? square[0]
+                    : __fadd_rn(__fadd_rn(square[0], square[1]), __fadd_rn(square[2], square[3]));
 #pragma unroll
     for (int other = 1; other < kGroup / kVec; other *= 2) {
       sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, other));
@@ -1028,28 +1035,26 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
   }
   SyncThreads<kConsumers>();
   if (tid < rows) {
-    const int task = TileOfBlock(op);
     float* to = op.squares + tid * op.norm_groups * op.square_parts;
     float sum = 0.0f;
-    int norm_group = -1;
 #pragma unroll 1
     for (int g = 0; g < tile.groups; ++g) {
-      const int of = op.norm_groups == 1 ? 0 : op.NormGroupOf(tile.first_group + g);
-      sum = (of == norm_group ? sum : 0.0f) + squares[tid * kMostGroups + g];
-      norm_group = of;
-      const int first_tile =
-          of == 0 ? 0 : op.TileOf(of * (op.heads / op.norm_groups) * op.HeadGroups());
-      StoreNew(to + of * op.square_parts + (task - first_tile), sum);
+      sum += squares[tid * kMostGroups + g];
+      const bool last = g + 1 == tile.groups || tile.square[g + 1] != tile.square[g];
+      StoreNew(to + tile.square[g], sum, last);
+      if (last) sum = 0.0f;
     }
   }
 }
 
-// The operator: in_proj and all that comes before out_proj. ready() as of ScanEarly.
-template <typename T, int kRowTiles, typename Ready>
-__device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const PassNodes& nodes,
-                                     const LayerStore<T>& store, const FirstActs& first_acts,
-                                     const Ring& ring, RingPlace* place, const float* factors,
-                                     char* work, const ScanTile& tile, const Ready& ready) {
+// The operator: in_proj and all that comes before out_proj. norm: of in_proj's input, whose factors
+// go to shared memory; factored: a barrier for one arrival, used once by each scan.
+template <typename T, int kRowTiles>
+__device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const RowNorm& norm,
+                                     const PassNodes& nodes, const LayerStore<T>& store,
+                                     const FirstActs& first_acts, const Ring& ring,
+                                     RingPlace* place, uint64_t* factored, float* factors,
+                                     char* work) {
   constexpr int kProductBarrier = 7;
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int units = __shfl_sync(0xffffffffu, in.TileUnits(), 0);
@@ -1061,16 +1066,17 @@ __device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const
     if (has_tile) {
       // The product's activations are used up.
       SyncWarps<kProductBarrier>(units * 128);
-      ready();
-      KeepTile<T, kRowTiles>(op, nodes.rows, factors, work, tile, sums);
+      BarrierWait(factored, op.number & 1);
+      KeepTile<T, kRowTiles>(op, nodes.rows, factors, work, sums);
     }
   }
   if (group >= (kConsumerWarps - kEarlyWarps) / 4) {
-    ScanEarly<T, kRowTiles>(op, nodes, store, factors, work, tile, ready);
+    ScanEarly<T, kRowTiles>(op, nodes, store, norm, factors, work,
+                            [&] { BarrierArrive(factored, 1); });
   }
   if (!has_tile) return;
   SyncThreads<kConsumers>();
-  ScanLate<T, kRowTiles>(op, nodes, store, work, tile);
+  ScanLate<T, kRowTiles>(op, nodes, store, work);
 }
 
 // One warp: brings what a block's part of a scan reads of earlier passes into the cache.

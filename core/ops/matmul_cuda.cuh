@@ -65,7 +65,7 @@ inline constexpr int kUnitBlocks = 4;  // of 16 outputs, in a unit
 template <typename T>
 inline constexpr int kBlockBytes = 16 * 16 * static_cast<int>(sizeof(T));
 template <typename T>
-inline constexpr int kUnitBytes = kUnitBlocks * kBlockBytes<T>;
+inline constexpr int kUnitBytes = kUnitBlocks* kBlockBytes<T>;
 inline constexpr int kMostTileUnits = kConsumerWarps / 4;
 inline constexpr int kMostSplits = 16;
 inline constexpr int kMostNormGroups = 16;
@@ -73,6 +73,7 @@ inline constexpr int kMostNormGroups = 16;
 // What a product uses of the operators' shared memory: the ring of activations, factors of norms.
 inline constexpr int kMatmulWorkBytes = kActRingBytes + 4 * kMaxRows * kMostNormGroups;
 
+struct FirstActs;
 struct MatmulOp {
   const void* weights = nullptr;
   const void* act = nullptr;
@@ -88,7 +89,8 @@ struct MatmulOp {
   int late_column = 0;    // the first one of the other tiles
   int split_stride = 0;   // columns of a split; ld is that of all
   int ld = 0;
-  int index = 0;  // of the operator in its pass
+  int index = 0;                          // of the operator in its pass
+  const FirstActs* first_acts = nullptr;  // of every block
   // Of the operator before it, see Op; turn 0 where that ends with a barrier.
   int counter_before = 0;
   int turn_before = 0;
@@ -175,71 +177,26 @@ CANOPY_HOST_DEVICE inline int64_t PackedElement(const MatmulOp& op, int m, int k
   return at * 256 + element;
 }
 
-}  // namespace canopy::cuda
-
-#ifdef __CUDACC__
-
-#include "core/cuda/ptx.cuh"
-
-namespace canopy::cuda {
-
 // A part of a block's run: k-steps of one tile and one norm group, told with its first slot.
-struct __align__(16) PartInfo {
+struct alignas(16) PartInfo {
   int32_t column;  // first output
   int16_t steps;   // 0: nothing to do for this block
   int16_t split;
   int16_t group;
-  int16_t blocks;  // of 16 outputs
+  int16_t blocks;       // of 16 outputs
   uint8_t first, last;  // of the run's parts of the tile
   uint8_t end;          // of the operator
 };
 
-struct RingPlace {
-  int slot, act_slot;
-  uint32_t phase, act_phase;
-};
-
-// The slots and their barriers, as one of the three roles walks through them.
-struct Ring {
-  char* slots;
-  char* act_slots;
-  PartInfo* infos;
-  uint64_t* weights_here;  // of pieces
-  uint64_t* weights_empty;
-  uint64_t* acts_here;
-  uint64_t* acts_empty;
-  int slot_count;
-  int slot = 0, act_slot = 0;
-  uint32_t phase = 0, act_phase = 0;
-
-  __device__ char* weights() const { return slots + slot * kSlotBytes; }
-  __device__ char* acts() const { return act_slots + act_slot * kActSlotBytes; }
-  __device__ void NextWeights() {
-    if (++slot == slot_count) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
-  __device__ void NextActs() {
-    if (++act_slot == kActSlots) {
-      act_slot = 0;
-      act_phase ^= 1;
-    }
-  }
-};
-
-// K-steps of weights in a slot, where whole units are read of every one.
-template <typename T>
-__device__ inline int SlotSteps(int blocks) {
-  return 1 + (kSlotBytes - PadTo(kUnitBlocks, blocks) * kBlockBytes<T>) / (blocks * kBlockBytes<T>);
-}
-
-// Calls task(part, first k-step, bytes of weights before it) for every part of this block's run;
-// kSplits: with the split, which takes a while.
+// Calls task(part, first k-step, bytes of weights before it) for every part of run `run` of
+// `grid`; kSplits: with the split, which takes a while.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
 template <typename T, bool kSplits = false, typename F>
-__device__ inline void ForParts(const MatmulOp& op, const F& task) {
-  const int run = blockIdx.x;
-  const MatmulCut cut(op, gridDim.x);
+CANOPY_HOST_DEVICE inline void ForParts(const MatmulOp& op, int run, int grid, const F& task) {
+  const MatmulCut cut(op, grid);
+  const auto min = [](int a, int b) { return a < b ? a : b; };
   int early = cut.FirstEarly(run), quantum = cut.First(run);
   const int early_end = cut.FirstEarly(run + 1), end = cut.First(run + 1);
   PartInfo part = {};
@@ -283,10 +240,83 @@ __device__ inline void ForParts(const MatmulOp& op, const F& task) {
   }
 }
 
+// The first activations of a block's run, as many as their ring holds: first k-step and k-steps of
+// each slot, -1 where there is none.
+struct alignas(16) FirstActs {
+  int16_t step[kActSlots], steps[kActSlots];
+};
+static_assert(sizeof(FirstActs) == 16);
+
+template <typename T>
+inline FirstActs ListActs(const MatmulOp& op, int row_tiles, int run, int grid) {
+  const int most = ActSteps<T>(row_tiles);
+  FirstActs list = {};
+  int count = 0;
+  ForParts<T>(op, run, grid, [&](const PartInfo& part, int k, int64_t) {
+    int left = part.steps;
+    do {
+      if (count == kActSlots) return;
+      list.step[count] = static_cast<int16_t>(k + part.steps - left);
+      list.steps[count++] = static_cast<int16_t>(std::min(left, most));
+      left -= most;
+    } while (left > 0);
+  });
+  for (; count < kActSlots; ++count) list.steps[count] = -1;
+  return list;
+}
+
+}  // namespace canopy::cuda
+
+#ifdef __CUDACC__
+
+#include "core/cuda/ptx.cuh"
+
+namespace canopy::cuda {
+
+struct RingPlace {
+  int slot, act_slot;
+  uint32_t phase, act_phase;
+};
+
+// The slots and their barriers, as one of the three roles walks through them.
+struct Ring {
+  char* slots;
+  char* act_slots;
+  PartInfo* infos;
+  uint64_t* weights_here;  // of pieces
+  uint64_t* weights_empty;
+  uint64_t* acts_here;
+  uint64_t* acts_empty;
+  int slot_count;
+  int slot = 0, act_slot = 0;
+  uint32_t phase = 0, act_phase = 0;
+
+  __device__ char* weights() const { return slots + slot * kSlotBytes; }
+  __device__ char* acts() const { return act_slots + act_slot * kActSlotBytes; }
+  __device__ void NextWeights() {
+    if (++slot == slot_count) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+  __device__ void NextActs() {
+    if (++act_slot == kActSlots) {
+      act_slot = 0;
+      act_phase ^= 1;
+    }
+  }
+};
+
+// K-steps of weights in a slot, where whole units are read of every one.
+template <typename T>
+__device__ inline int SlotSteps(int blocks) {
+  return 1 + (kSlotBytes - PadTo(kUnitBlocks, blocks) * kBlockBytes<T>) / (blocks * kBlockBytes<T>);
+}
+
 // One thread: streams the weights of this block's run, kUnderWay pieces at a time.
 template <typename T>
 __device__ inline void StreamWeights(const MatmulOp& op, Ring& ring, uint64_t policy) {
-  ForParts<T, true>(op, [&](const PartInfo& part, int, int64_t offset) {
+  ForParts<T, true>(op, blockIdx.x, gridDim.x, [&](const PartInfo& part, int, int64_t offset) {
     const char* from = static_cast<const char*>(op.weights) + offset;
     const int most = SlotSteps<T>(part.blocks);
     int steps_left = part.steps;
@@ -315,29 +345,6 @@ __device__ inline void StreamWeights(const MatmulOp& op, Ring& ring, uint64_t po
   });
 }
 
-// The first activations of a block's run, as many as their ring holds: first k-step and k-steps of
-// each slot, -1 where there is none.
-struct __align__(16) FirstActs {
-  int16_t step[kActSlots], steps[kActSlots];
-};
-
-// One thread.
-template <typename T>
-__device__ inline void ListActs(const MatmulOp& op, int row_tiles, FirstActs* list) {
-  const int most = ActSteps<T>(row_tiles);
-  int count = 0;
-  ForParts<T>(op, [&](const PartInfo& part, int k, int64_t) {
-    int left = part.steps;
-    do {
-      if (count == kActSlots) return;
-      list->step[count] = static_cast<int16_t>(k + part.steps - left);
-      list->steps[count++] = static_cast<int16_t>(min(left, most));
-      left -= most;
-    } while (left > 0);
-  });
-  for (; count < kActSlots; ++count) list->steps[count] = -1;
-}
-
 // One thread: brings the activations behind the first ones, once ready() has returned.
 template <typename T, typename Ready>
 __device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring, uint64_t policy,
@@ -345,7 +352,7 @@ __device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring,
   const int step_bytes = 8 * row_tiles * 16 * static_cast<int>(sizeof(T));
   int slot = SendsActs(8 * row_tiles) ? 0 : kActSlots;
   bool waited = false;
-  ForParts<T>(op, [&](const PartInfo& part, int k, int64_t) {
+  ForParts<T>(op, blockIdx.x, gridDim.x, [&](const PartInfo& part, int k, int64_t) {
     const char* from = static_cast<const char*>(op.act) + k * step_bytes;
     int left = part.steps;
     do {

@@ -231,7 +231,7 @@ __device__ inline void WriteNormInput(const NormInput& next, int bucket_rows, in
     SendAct4<T>(next.act, bucket_rows, row, column,
                 make_float4(x.x * w.x, x.y * w.y, x.z * w.z, x.w * w.w));
   }
-  StoreNew(next.squares + row * granules + column / kGranule, squares, column % kGranule == 0);
+  Send(next.squares + row * granules + column / kGranule, squares, column % kGranule == 0);
 }
 
 // Calls task(row, column, active) for every granule of every row, over the whole grid: a warp a

@@ -77,8 +77,7 @@ TEST(MatmulCut, SplitsAreRunsOfATile) {
     for (int tile = 0; tile < op.early_tiles; ++tile) {
       int splits = 0;
       for (int run = 0; run < grid; ++run) {
-        splits +=
-            overlaps(tile, cut.early_per_tile, cut.FirstEarly(run), cut.FirstEarly(run + 1));
+        splits += overlaps(tile, cut.early_per_tile, cut.FirstEarly(run), cut.FirstEarly(run + 1));
       }
       ASSERT_EQ(cut.EarlySplits(tile), splits) << tile;
       EXPECT_LE(splits, kMostEarlySplits + 1);
@@ -97,8 +96,8 @@ TEST(MatmulCut, EveryWeightHasItsPlace) {
     std::vector<bool> taken(size_t{1} * outputs * inputs);
     for (int m = 0; m < outputs; ++m) {
       for (int k = 0; k < inputs; ++k) {
-        const int64_t at = i % 2 == 0 ? PackedElement<uint16_t>(op, m, k)
-                                      : PackedElement<float>(op, m, k);
+        const int64_t at =
+            i % 2 == 0 ? PackedElement<uint16_t>(op, m, k) : PackedElement<float>(op, m, k);
         ASSERT_GE(at, 0);
         ASSERT_LT(at, static_cast<int64_t>(taken.size()));
         ASSERT_FALSE(taken[at]);
