@@ -365,18 +365,21 @@ __device__ inline void StageScan(const ScanOp& op, const PassNodes& nodes,
   // Decays of two heads and inputs of the columns that are sent: single floats.
   const int head = group / op.HeadGroups(), heads = HasTile(op) ? min(2, op.heads - head) : 0;
   float* decay = reinterpret_cast<float*>(work + layout.decay);
-#pragma unroll 4
-  for (int i = lane; i < heads * (kRing + nodes.first_pending); i += 32) {
-    const int row = heads == 2 ? i / 2 : i, h = heads == 2 ? i % 2 : 0;
-    decay[h * kDecays + row] = LoadNew(store.l + (row * op.heads + head + h));
+#pragma unroll 1
+  for (int i = lane; i < kMostTileHeads * (kRing + nodes.first_pending); i += 32) {
+    const int row = i / kMostTileHeads, h = i % kMostTileHeads;
+    if (h < heads) {
+      CopyAsync4(decay + h * kDecays + row, store.l + (row * op.heads + head + h));
+    }
   }
   if (op.first_tile == 0) {
     float* sent_inputs = reinterpret_cast<float*>(work + layout.sent_inputs);
     const int first = FirstSentColumn(op), states = 2 * op.groups * op.d_state;
-    for (int tap = 0; tap < op.taps; ++tap) {
-      for (int i = lane; i < op.sent_columns; i += 32) {
-        sent_inputs[tap * op.sent_columns + i] =
-            LoadNew(store.conv + (tap * op.channels + width + first + i), first + i < states);
+#pragma unroll 1
+    for (int i = lane; i < op.taps * op.sent_columns; i += 32) {
+      const int tap = RowOfItem(i, op.sent_columns), column = first + i - tap * op.sent_columns;
+      if (column < states) {
+        CopyAsync4(sent_inputs + i, store.conv + (tap * op.channels + width + column));
       }
     }
   }
