@@ -254,10 +254,9 @@ class CudaDecoder final : public CudaModel {
   // Shared memory of a bucket's operators, and the buckets whose kernels have enough of it for all
   // layers.
   int WorkBytes(int bucket) const {
-    constexpr int kFixed[kBuckets] = {
-        cuda::SharedLayout<T, 1>::kFixed, cuda::SharedLayout<T, 2>::kFixed,
-        cuda::SharedLayout<T, 4>::kFixed, cuda::SharedLayout<T, 8>::kFixed};
-    return cuda_.shared_bytes() - kFixed[bucket];
+    const int shared = cuda_.shared_bytes();
+    return shared - cuda::RingFor<T>(kBucketRows[bucket] / 8, shared).bytes() -
+           cuda::SharedLayout<T>::kFixed;
   }
   int LastBucket() const {
     int bucket = kBuckets - 1;
@@ -573,8 +572,10 @@ absl::Status CudaDecoder<T>::Prepare() {
         has_bucket_[bucket] &= layer.node_group[bucket] > 0;
       }
       if (LastBucket() < 0) {
-        return unsupported(i, absl::StrCat(per_kv, " heads of ", attention->head_dim,
-                                           " columns to a head of keys, more than fit"));
+        return unsupported(
+            i, absl::StrCat(per_kv, " heads of ", attention->head_dim,
+                            " columns to a head of keys, more than fit the ", cuda_.shared_bytes(),
+                            " bytes of shared memory of ", cuda_.Description()));
       }
       const Columns out{attention->heads * attention->head_dim, 1};
       ASSIGN_OR_RETURN(layer.in, Upload(attention->qkv, hidden_columns));
@@ -644,15 +645,16 @@ absl::Status CudaDecoder<T>::Prepare() {
         has_bucket_[bucket] &=
             cuda::ScanLayout<T>(kBucketRows[bucket], scan.padded_d_state).end <= WorkBytes(bucket);
       }
-      if (LastBucket() < 0) {
-        return unsupported(
-            i, absl::StrCat("a state of ", ssd.d_state, ", too large for the CUDA kernels"));
-      }
-      folds.back() = {ssd.heads, ssd.head_dim, scan.padded_head, ssd.groups, scan.padded_d_state};
-      fold_heads_ = std::max(fold_heads_, ssd.heads);
       fold_shared_ = std::max<int>(
           fold_shared_,
           kSegment * (cuda::PadTo16(ssd.head_dim) + scan.padded_d_state) * sizeof(float));
+      if (LastBucket() < 0 || fold_shared_ > cuda_.shared_bytes()) {
+        return unsupported(i, absl::StrCat("a state of ", ssd.d_state, ", too large for the ",
+                                           cuda_.shared_bytes(), " bytes of shared memory of ",
+                                           cuda_.Description()));
+      }
+      folds.back() = {ssd.heads, ssd.head_dim, scan.padded_head, ssd.groups, scan.padded_d_state};
+      fold_heads_ = std::max(fold_heads_, ssd.heads);
     }
     if (block.mlp) {
       MlpSpec& mlp = *block.mlp;
