@@ -236,6 +236,7 @@ class CudaDecoder final : public CudaModel {
   absl::StatusOr<double> Resolve(std::span<TokenId> tokens) const override {
     return cuda_.Resolve(tokens);
   }
+  int MaxRows() const override { return kBucketRows[LastBucket()]; }
   size_t PassBytes(int nodes, int context) const override;
   absl::StatusOr<std::vector<double>> Repeat(Workspace& workspace, int repetitions) const override;
   absl::StatusOr<std::vector<OperatorTime>> Breakdown(Workspace& workspace) const override;
@@ -263,13 +264,16 @@ class CudaDecoder final : public CudaModel {
     while (bucket >= 0 && !has_bucket_[bucket]) --bucket;
     return bucket;
   }
-  int MaxRows() const { return kBucketRows[LastBucket()]; }
   bool HasSsd() const { return (mixers_ & cuda::kSsdMixers) != 0; }
   // Rows of a prompt's next chunk, of `left` from `position` on. Chunks end at a fold; they have up
   // to two segments where they begin at one.
   int ChunkRows(int position, int left) const {
     const int into = position % kSegment;
     return std::min({left, into == 0 ? kMaxRows : kSegment - into, MaxRows()});
+  }
+  // Rows of an item's next pass, of `left` that are to come.
+  int PassRows(const ForwardItem& item, int position, int left) const {
+    return item.commit_chain ? ChunkRows(position, left) : std::min(left, MaxRows());
   }
   int BucketFor(int rows) const {
     int bucket = 0;
@@ -715,7 +719,7 @@ absl::Status CudaDecoder<T>::Prepare() {
   info.dtype = dtype_;
   info.weight_bytes = cuda_.memory().bytes_in_use - before;
   info.prefers_top = true;
-  info.max_nodes = MaxRows();
+  info.max_nodes = kMaxRows;
   return absl::OkStatus();
 }
 
@@ -1158,7 +1162,7 @@ absl::Status CudaDecoder<T>::CheckPromises(std::span<const ForwardItem> items) c
   for (const ForwardItem& item : items) {
     const int count = static_cast<int>(item.tokens.size());
     for (int done = 0; done < count; ++passes) {
-      done += item.commit_chain ? ChunkRows(item.state->position() + done, count - done) : count;
+      done += PassRows(item, item.state->position() + done, count - done);
     }
   }
   if (items[0].promise && passes > kPromisePasses &&
@@ -1189,14 +1193,6 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
                                                       Workspace& workspace) const {
   auto& ws = static_cast<CudaWorkspace&>(workspace);
   RETURN_IF_ERROR(CheckForward(*this, items, ws.max_rows));
-  for (const ForwardItem& item : items) {
-    const int rows = static_cast<int>(item.tokens.size());
-    if (!item.commit_chain && rows > MaxRows()) {
-      return absl::InvalidArgumentError(absl::StrCat("forward: ", rows, " nodes; a pass on ",
-                                                     cuda_.Description(), " has at most ",
-                                                     MaxRows()));
-    }
-  }
   RETURN_IF_ERROR(CheckPromises(items));
   ws.first_row.clear();
   int wanted = 0;
@@ -1250,29 +1246,25 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
   for (const ForwardItem& item : items) {
     DecodeState& state = *item.state;
     const int count = static_cast<int>(item.tokens.size());
-    if (!item.commit_chain) {
-      const int first = state.pending();
-      for (int k = 0; k < count; ++k) {
+    const int first = state.pending();
+    for (int done = 0; done < count;) {
+      const int part = PassRows(item, state.position(), count - done);
+      const bool last = done + part == count;
+      const bool head = item.logits == LogitsOf::kAll || (item.logits == LogitsOf::kLast && last);
+      for (int k = done; k < done + part && !item.commit_chain; ++k) {
         state.AddPending(item.tokens[k], item.parents.empty() ? NodeId(k - 1) : item.parents[k]);
       }
-      const absl::Status status = RunPass(state, item.tokens, first, /*chain=*/false,
-                                          item.logits != LogitsOf::kNone, top, ws);
+      const absl::Status status =
+          RunPass(state, item.tokens.subspan(done, part), item.commit_chain ? 0 : first + done,
+                  item.commit_chain, head, top, ws);
       if (!status.ok()) {
         state.DropPendingFrom(first);
         return status;
       }
-      if (item.logits == LogitsOf::kAll) RETURN_IF_ERROR(take(0, count));
-      if (item.logits == LogitsOf::kLast) RETURN_IF_ERROR(take(count - 1, 1));
-      continue;
-    }
-    for (int done = 0; done < count;) {
-      const int part = ChunkRows(state.position(), count - done);
-      const bool last = done + part == count;
-      const bool head = item.logits == LogitsOf::kAll || (item.logits == LogitsOf::kLast && last);
-      RETURN_IF_ERROR(
-          RunPass(state, item.tokens.subspan(done, part), 0, /*chain=*/true, head, top, ws));
       if (item.logits == LogitsOf::kAll) RETURN_IF_ERROR(take(0, part));
       if (item.logits == LogitsOf::kLast && last) RETURN_IF_ERROR(take(part - 1, 1));
+      done += part;
+      if (!item.commit_chain) continue;
       cuda::CommitPath path;
       path.length = part;
       path.position = state.position();
@@ -1280,7 +1272,6 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
       for (int k = 0; k < part; ++k) path.node[k] = static_cast<uint8_t>(k);
       RETURN_IF_ERROR(CommitPath(state, path));
       state.Advance(part);
-      done += part;
     }
   }
   // Also where nothing is read: the caller's clock is to see this pass, and not the next one.

@@ -41,7 +41,7 @@ struct RingShape {
 // 128 or 160 KiB of slots (f32 64): up to 22 MB on 132 multiprocessors, five microseconds of an
 // H200's bandwidth, that come while other operators run. Those need the rest of the shared memory,
 // for more rows and in f32 more of it. On devices whose blocks have less than an H200's, the ring
-// has as much less, but two slots of half the size.
+// has as much less, down to two slots of half the size.
 inline constexpr int kFullShared = 227 << 10;
 template <typename T>
 CANOPY_HOST_DEVICE constexpr RingShape RingFor(int row_tiles, int shared_bytes) {
