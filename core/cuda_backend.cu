@@ -7,16 +7,18 @@
 #include "core/cuda_backend.h"
 
 namespace canopy {
+namespace {
+
+// Compiled as all kernels are, so that it tells whether the build has code for a device.
+__global__ void Probe() {}
+
+}  // namespace
 
 absl::Status CudaStatus(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return absl::OkStatus();
   const std::string text = absl::StrCat("CUDA: ", doing, ": ", cudaGetErrorName(error), " (",
                                         cudaGetErrorString(error), ")");
   if (error == cudaErrorMemoryAllocation) return absl::ResourceExhaustedError(text);
-  if (error == cudaErrorNoKernelImageForDevice) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        text, "; this build is for another GPU, configure it with -DCANOPY_CUDA_ARCHITECTURES"));
-  }
   return absl::InternalError(text);
 }
 
@@ -54,12 +56,23 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(int device) {
   backend->multiprocessors_ = properties.multiProcessorCount;
   backend->shared_bytes_ = static_cast<int>(properties.sharedMemPerBlockOptin);
   backend->cache_bytes_ = properties.l2CacheSize;
-  if (backend->capability_ < 90) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "device cuda:", device, " (", properties.name, ") has compute capability ",
-        properties.major, ".", properties.minor, "; Canopy's kernels need 9.0 or later"));
+  const std::string what =
+      absl::StrCat("device cuda:", device, " (", properties.name, ") has compute capability ",
+                   properties.major, ".", properties.minor);
+  if (backend->capability_ < 80) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(what, "; Canopy's kernels need 8.0 or later; use the device cpu"));
   }
   RETURN_IF_CUDA_ERROR(cudaSetDevice(device), "choosing the device");
+  cudaFuncAttributes attributes;
+  const cudaError_t code = cudaFuncGetAttributes(&attributes, Probe);
+  if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorUnsupportedPtxVersion) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        what, ", for which this build has no code that the driver can load (",
+        cudaGetErrorName(code), "); configure it with -DCANOPY_CUDA_ARCHITECTURES=",
+        backend->capability_, backend->capability_ == 90 ? "a" : "", ", or use the device cpu"));
+  }
+  RETURN_IF_CUDA_ERROR(code, "looking for the build's code for the device");
   RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&backend->stream_, cudaStreamNonBlocking),
                        "making a stream");
   constexpr size_t kResultBytes = kPromisePasses * sizeof(cuda::PassResult);

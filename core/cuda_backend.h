@@ -28,8 +28,8 @@ absl::Status CudaStatus(cudaError_t error, const char* doing);
 // Called from one thread at a time.
 class CudaBackend final : public Backend {
  public:
-  // NotFound without a device of that number, FailedPrecondition for a driver that is too old or a
-  // compute capability below 9.0.
+  // NotFound without a device of that number, FailedPrecondition for a driver that is too old, a
+  // compute capability below 8.0, or one that this build has no code for.
   static absl::StatusOr<std::unique_ptr<CudaBackend>> Create(int device = 0);
   ~CudaBackend() override;
 

@@ -99,7 +99,7 @@ absl::Status Compare(CudaBackend& cuda, const CudaModel& model, const BenchOptio
   return absl::OkStatus();
 }
 
-absl::Status RunBench(const BenchOptions& options) {
+absl::Status RunBench(BenchOptions options) {
   ASSIGN_OR_RETURN(const std::unique_ptr<Backend> backend, MakeBackend(options.device, 0));
   if (backend->kind() != DeviceKind::kCuda) {
     return absl::InvalidArgumentError(
@@ -109,6 +109,15 @@ absl::Status RunBench(const BenchOptions& options) {
   ASSIGN_OR_RETURN(const std::unique_ptr<LanguageModel> loaded,
                    LoadModel(*backend, options.model, options.dtype));
   const auto& model = static_cast<const CudaModel&>(*loaded);
+  const auto too_many = [&](int nodes) { return nodes > model.MaxRows(); };
+  if (std::all_of(options.nodes.begin(), options.nodes.end(), too_many)) {
+    return absl::InvalidArgumentError(absl::StrCat("--nodes: a pass of this model on ",
+                                                   backend->Description(), " has at most ",
+                                                   model.MaxRows(), " nodes"));
+  }
+  if (std::erase_if(options.nodes, too_many) > 0) {
+    std::printf("a pass of this model on this device has at most %d nodes\n", model.MaxRows());
+  }
   ASSIGN_OR_RETURN(const double bandwidth, MeasureReadBandwidth(cuda));
   const bool synthetic = options.model.starts_with(kSyntheticPrefix);
   std::printf("%s on %s, %s%s\n", options.model.c_str(), backend->Description().c_str(),
@@ -189,7 +198,7 @@ absl::Status RunBench(const BenchOptions& options) {
 
 #else
 
-absl::Status RunBench(const BenchOptions&) {
+absl::Status RunBench(BenchOptions) {
   return absl::FailedPreconditionError(
       "this build of canopy has no CUDA (configure it with -DCANOPY_CUDA=ON); for the CPU run "
       "build/release/model_bench --model=DIR");

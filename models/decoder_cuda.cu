@@ -227,6 +227,7 @@ class CudaDecoder final : public CudaModel {
   absl::StatusOr<double> Resolve(std::span<TokenId> tokens) const override {
     return cuda_.Resolve(tokens);
   }
+  int MaxRows() const override { return kBucketRows[LastBucket()]; }
   size_t PassBytes(int nodes, int context) const override;
   absl::StatusOr<std::vector<double>> Repeat(Workspace& workspace, int repetitions) const override;
   absl::StatusOr<std::vector<OperatorTime>> Breakdown(Workspace& workspace) const override;
@@ -246,23 +247,23 @@ class CudaDecoder final : public CudaModel {
   // Shared memory of a bucket's operators, and the buckets whose kernels have enough of it for all
   // layers.
   int WorkBytes(int bucket) const {
-    constexpr int kFixed[kBuckets] = {
-        cuda::SharedLayout<T, 1>::kFixed, cuda::SharedLayout<T, 2>::kFixed,
-        cuda::SharedLayout<T, 4>::kFixed, cuda::SharedLayout<T, 8>::kFixed};
-    return cuda_.shared_bytes() - kFixed[bucket];
+    return cuda_.shared_bytes() - rings_[bucket].bytes() - cuda::SharedLayout<T>::kFixed;
   }
   int LastBucket() const {
     int bucket = kBuckets - 1;
     while (bucket >= 0 && !has_bucket_[bucket]) --bucket;
     return bucket;
   }
-  int MaxRows() const { return kBucketRows[LastBucket()]; }
   bool HasSsd() const { return (mixers_ & cuda::kSsdMixers) != 0; }
   // Rows of a prompt's next chunk, of `left` from `position` on. Chunks end at a fold; they have up
   // to two segments where they begin at one.
   int ChunkRows(int position, int left) const {
     const int into = position % kSegment;
     return std::min({left, into == 0 ? kMaxRows : kSegment - into, MaxRows()});
+  }
+  // Rows of an item's next pass, of `left` that are to come.
+  int PassRows(const ForwardItem& item, int position, int left) const {
+    return item.commit_chain ? ChunkRows(position, left) : std::min(left, MaxRows());
   }
   int BucketFor(int rows) const {
     int bucket = 0;
@@ -363,6 +364,7 @@ class CudaDecoder final : public CudaModel {
   int scan_head_dim_ = 0;
   int sent_bytes_ = 0;
   int q_columns_ = 0;
+  std::array<cuda::RingShape, kBuckets> rings_ = {};  // of weights
   std::array<bool, kBuckets> has_bucket_ = {true, true, true, true};
   size_t stream_bytes_ = 0;  // of weights that a pass reads
   uint64_t seed_ = 1;
@@ -662,6 +664,9 @@ absl::Status CudaDecoder<T>::Prepare() {
     return absl::UnimplementedError(
         absl::StrCat("layer ", layer, ": ", what, "; use the device cpu for this model"));
   };
+  for (int bucket = 0; bucket < kBuckets; ++bucket) {
+    rings_[bucket] = cuda::RingFor<T>(kBucketRows[bucket] / 8, cuda_.shared_bytes());
+  }
   if (WorkBytes(0) < cuda::kMatmulWorkBytes) {
     return absl::FailedPreconditionError(
         absl::StrCat(cuda_.Description(), " has ", cuda_.shared_bytes(),
@@ -700,8 +705,10 @@ absl::Status CudaDecoder<T>::Prepare() {
         has_bucket_[bucket] &= layer.node_group[bucket] > 0;
       }
       if (LastBucket() < 0) {
-        return unsupported(i, absl::StrCat(per_kv, " heads of ", attention->head_dim,
-                                           " columns to a head of keys, more than fit"));
+        return unsupported(
+            i, absl::StrCat(per_kv, " heads of ", attention->head_dim,
+                            " columns to a head of keys, more than fit the ", cuda_.shared_bytes(),
+                            " bytes of shared memory of ", cuda_.Description()));
       }
       const Columns out{attention->heads * attention->head_dim, 1};
       ASSIGN_OR_RETURN(DeviceMatrix qkv,
@@ -771,19 +778,24 @@ absl::Status CudaDecoder<T>::Prepare() {
       }
       sent_bytes_ = std::max(sent_bytes_, scan.sent_bytes);
       for (int bucket = 0; bucket < kBuckets; ++bucket) {
-        has_bucket_[bucket] &=
-            cuda::ScanLayout<T>(kBucketRows[bucket], scan.padded_d_state, scan.sent_columns,
-                                scan.tile_groups * cuda::kGroup)
-                .end <= WorkBytes(bucket);
+        const int needed = cuda::ScanLayout<T>(kBucketRows[bucket], scan.padded_d_state,
+                                               scan.sent_columns, scan.tile_groups * cuda::kGroup)
+                               .end;
+        cuda::RingShape& ring = rings_[bucket];
+        while (needed > WorkBytes(bucket) && ring.bytes() > cuda::Smaller(ring).bytes()) {
+          ring = cuda::Smaller(ring);
+        }
+        has_bucket_[bucket] &= needed <= WorkBytes(bucket);
       }
-      if (LastBucket() < 0) {
-        return unsupported(
-            i, absl::StrCat("a state of ", ssd.d_state, ", too large for the CUDA kernels"));
+      fold_shared_ = std::max<int>(
+          fold_shared_, kSegment * (scan.padded_head + scan.padded_d_state) * sizeof(float));
+      if (LastBucket() < 0 || fold_shared_ > cuda_.shared_bytes()) {
+        return unsupported(i, absl::StrCat("a state of ", ssd.d_state, ", too large for the ",
+                                           cuda_.shared_bytes(), " bytes of shared memory of ",
+                                           cuda_.Description()));
       }
       folds.back() = {ssd.heads, ssd.head_dim, scan.padded_head, ssd.groups, scan.padded_d_state};
       fold_heads_ = std::max(fold_heads_, ssd.heads);
-      fold_shared_ = std::max<int>(
-          fold_shared_, kSegment * (scan.padded_head + scan.padded_d_state) * sizeof(float));
     }
     if (block.mlp) {
       MlpSpec& mlp = *block.mlp;
@@ -846,7 +858,7 @@ absl::Status CudaDecoder<T>::Prepare() {
   info.dtype = dtype_;
   info.weight_bytes = cuda_.memory().bytes_in_use - before;
   info.prefers_top = true;
-  info.max_nodes = MaxRows();
+  info.max_nodes = kMaxRows;
   return absl::OkStatus();
 }
 
@@ -1305,6 +1317,7 @@ absl::Status CudaDecoder<T>::RunPass(DecodeState& state, std::span<const TokenId
 template <typename T>
 absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
   ws.last.counters = ws.counters;
+  ws.last.ring = rings_[ws.last_bucket];
   for (int i : {0, 1}) ws.last.counters_base[i] = ws.counters_base[i];
   ws.last.stream_weights_once = stream_bytes_ > cuda_.cache_bytes() / 2;
   ws.last.clocks = clocks;
@@ -1333,7 +1346,7 @@ absl::Status CudaDecoder<T>::CheckPromises(std::span<const ForwardItem> items) c
   for (const ForwardItem& item : items) {
     const int count = static_cast<int>(item.tokens.size());
     for (int done = 0; done < count; ++passes) {
-      done += item.commit_chain ? ChunkRows(item.state->position() + done, count - done) : count;
+      done += PassRows(item, item.state->position() + done, count - done);
     }
   }
   if (items[0].promise && passes > kPromisePasses &&
@@ -1364,14 +1377,6 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
                                                       Workspace& workspace) const {
   auto& ws = static_cast<CudaWorkspace&>(workspace);
   RETURN_IF_ERROR(CheckForward(*this, items, ws.max_rows));
-  for (const ForwardItem& item : items) {
-    const int rows = static_cast<int>(item.tokens.size());
-    if (!item.commit_chain && rows > MaxRows()) {
-      return absl::InvalidArgumentError(absl::StrCat("forward: ", rows, " nodes; a pass on ",
-                                                     cuda_.Description(), " has at most ",
-                                                     MaxRows()));
-    }
-  }
   RETURN_IF_ERROR(CheckPromises(items));
   ws.first_row.clear();
   int wanted = 0;
@@ -1425,29 +1430,25 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
   for (const ForwardItem& item : items) {
     DecodeState& state = *item.state;
     const int count = static_cast<int>(item.tokens.size());
-    if (!item.commit_chain) {
-      const int first = state.pending();
-      for (int k = 0; k < count; ++k) {
+    const int first = state.pending();
+    for (int done = 0; done < count;) {
+      const int part = PassRows(item, state.position(), count - done);
+      const bool last = done + part == count;
+      const bool head = item.logits == LogitsOf::kAll || (item.logits == LogitsOf::kLast && last);
+      for (int k = done; k < done + part && !item.commit_chain; ++k) {
         state.AddPending(item.tokens[k], item.parents.empty() ? NodeId(k - 1) : item.parents[k]);
       }
-      const absl::Status status = RunPass(state, item.tokens, first, /*chain=*/false,
-                                          item.logits != LogitsOf::kNone, top, ws);
+      const absl::Status status =
+          RunPass(state, item.tokens.subspan(done, part), item.commit_chain ? 0 : first + done,
+                  item.commit_chain, head, top, ws);
       if (!status.ok()) {
         state.DropPendingFrom(first);
         return status;
       }
-      if (item.logits == LogitsOf::kAll) RETURN_IF_ERROR(take(0, count));
-      if (item.logits == LogitsOf::kLast) RETURN_IF_ERROR(take(count - 1, 1));
-      continue;
-    }
-    for (int done = 0; done < count;) {
-      const int part = ChunkRows(state.position(), count - done);
-      const bool last = done + part == count;
-      const bool head = item.logits == LogitsOf::kAll || (item.logits == LogitsOf::kLast && last);
-      RETURN_IF_ERROR(
-          RunPass(state, item.tokens.subspan(done, part), 0, /*chain=*/true, head, top, ws));
       if (item.logits == LogitsOf::kAll) RETURN_IF_ERROR(take(0, part));
       if (item.logits == LogitsOf::kLast && last) RETURN_IF_ERROR(take(part - 1, 1));
+      done += part;
+      if (!item.commit_chain) continue;
       cuda::CommitPath path;
       path.length = part;
       path.position = state.position();
@@ -1455,7 +1456,6 @@ absl::StatusOr<ForwardResult> CudaDecoder<T>::Forward(std::span<const ForwardIte
       for (int k = 0; k < part; ++k) path.node[k] = static_cast<uint8_t>(k);
       RETURN_IF_ERROR(CommitPath(state, path));
       state.Advance(part);
-      done += part;
     }
   }
   // Also where nothing is read: the caller's clock is to see this pass, and not the next one.

@@ -31,6 +31,8 @@ struct ProductShape {
 // What `canopy bench` needs besides LanguageModel.
 class CudaModel : public LanguageModel {
  public:
+  // Nodes of a pass. Forward scores more in several passes.
+  virtual int MaxRows() const = 0;
   // Bytes that a pass of `nodes` nodes must move at least: weights once, and the checkpoint, stored
   // rows, keys and values that it reads at that context.
   virtual size_t PassBytes(int nodes, int context) const = 0;

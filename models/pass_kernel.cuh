@@ -104,6 +104,7 @@ struct PassArguments {
   uint32_t number = 0;             // of the pass
   int vocab = 0;                   // tokens of the embedding
   Selected* selections = nullptr;  // [kPromisePasses], of the passes before
+  RingShape ring = {};             // see RingFor
 };
 
 // A commit that a pass does before anything else: of the path that became the prefix since the
@@ -114,15 +115,15 @@ struct PassCommit {
   int layer_count = 0;
 };
 
-// Dynamic shared memory that a block asks for: all there is less what the driver keeps. Behind the
-// fixed part, operators work; products have the ring of activations there, then their factors.
-template <typename T, int kRowTiles>
+// Dynamic shared memory that a block asks for: all there is less what the driver keeps. First comes
+// the ring of weights, then this fixed part. Behind it, operators work; products have the ring of
+// activations there, then their factors.
+template <typename T>
 struct SharedLayout {
-  static constexpr int kRing = kSlots<T, kRowTiles> * kSlotBytes;
   static constexpr int kSignals = 768;
   static constexpr int kNodes = (sizeof(PassNodes) + 127) / 128 * 128;
   static constexpr int kOp = (sizeof(Op) + 15) / 16 * 16;
-  static constexpr int kNodesAt = kRing + kSignals;
+  static constexpr int kNodesAt = kSignals;
   // The operator at hand, its layer's store and its first activations, and those of three
   // operators, the next two among them, in turn.
   static constexpr int kStore = (sizeof(LayerStore<T>) + 15) / 16 * 16;

@@ -31,19 +31,15 @@ struct Signals {
   uint64_t began;     // by DeviceClock
 };
 
-// Made anew where it is used, so that nobody holds it in registers.
-template <typename T, int kRowTiles>
-__device__ __forceinline__ Ring RingOf(char* shared) {
-  using Layout = SharedLayout<T, kRowTiles>;
-  Signals& signals = *reinterpret_cast<Signals*>(shared + Layout::kRing);
-  return {shared,
-          shared + Layout::kFixed,
-          signals.infos,
-          signals.weights_here,
-          signals.weights_empty,
-          signals.acts_here,
-          signals.acts_empty,
-          kSlots<T, kRowTiles>};
+// Made anew where it is used, so that nobody holds it in registers. shared: behind the slots.
+template <typename T>
+__device__ __forceinline__ Ring RingOf(const PassArguments& arguments, char* shared) {
+  Signals& signals = *reinterpret_cast<Signals*>(shared);
+  const RingShape shape = arguments.ring;
+  return {shared - shape.bytes(), shared + SharedLayout<T>::kFixed,
+          signals.infos,          signals.weights_here,
+          signals.weights_empty,  signals.acts_here,
+          signals.acts_empty,     shape};
 }
 
 // What blocks tell each other about operators that they are done with.
@@ -81,7 +77,7 @@ __device__ inline void TakePromised(const PassArguments& arguments, PassNodes& n
 template <typename T, int kRowTiles, int kMixers>
 __device__ __forceinline__ void Consume(const PassArguments& arguments, const PassCommit& commit,
                                         Signals& signals, char* shared) {
-  using Layout = SharedLayout<T, kRowTiles>;
+  using Layout = SharedLayout<T>;
   if (arguments.clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     arguments.clocks[0] = clock64();
   }
@@ -120,13 +116,13 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
         Embed<T>(op.embed, nodes, kBucket);
         break;
       case OpKind::kMatmul:
-        ConsumeMatmul<T, kRowTiles>(op.matmul, first_acts, nodes.rows, RingOf<T, kRowTiles>(shared),
+        ConsumeMatmul<T, kRowTiles>(op.matmul, first_acts, nodes.rows, RingOf<T>(arguments, shared),
                                     &signals.place, reinterpret_cast<float*>(work + kActRingBytes));
         break;
       case OpKind::kScan:
         if constexpr ((kMixers & kSsdMixers) != 0) {
           Scan<T, kRowTiles>(op.ssd.in, op.ssd.scan, op.norm, nodes, store, first_acts,
-                             RingOf<T, kRowTiles>(shared), &signals.place, &signals.factored,
+                             RingOf<T>(arguments, shared), &signals.place, &signals.factored,
                              factors, work);
         }
         break;
@@ -222,7 +218,7 @@ struct Description {
 template <typename T, int kRowTiles, int kMixers>
 __device__ __forceinline__ void Help(const PassArguments& arguments, const PassNodes& nodes,
                                      Signals& signals, char* shared) {
-  using Layout = SharedLayout<T, kRowTiles>;
+  using Layout = SharedLayout<T>;
   constexpr bool kSsd = (kMixers & kSsdMixers) != 0, kAttention = (kMixers & kAttentionMixers) != 0;
   const int helper = threadIdx.x / 32 - kConsumerWarps - 2, lane = threadIdx.x % 32;
   float* factors = reinterpret_cast<float*>(shared + Layout::kFactorsAt);
@@ -323,18 +319,19 @@ template <typename T, int kRowTiles, int kMixers>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     PassKernel(PassArguments arguments, const __grid_constant__ PassNodes given,
                const __grid_constant__ PassCommit commit) {
-  extern __shared__ __align__(128) char shared[];
-  using Layout = SharedLayout<T, kRowTiles>;
-  Signals& signals = *reinterpret_cast<Signals*>(shared + Layout::kRing);
+  extern __shared__ __align__(128) char slots[];
+  using Layout = SharedLayout<T>;
+  const RingShape shape = arguments.ring;
+  char* shared = slots + shape.bytes();
+  Signals& signals = *reinterpret_cast<Signals*>(shared);
   PassNodes* nodes = reinterpret_cast<PassNodes*>(shared + Layout::kNodesAt);
-  constexpr int kSlotCount = kSlots<T, kRowTiles>;
-  static_assert(sizeof(signals.weights_here) >= kSlotCount * kPieces * sizeof(uint64_t));
-  static_assert(sizeof(signals.weights_empty) >= kSlotCount * sizeof(uint64_t));
-  static_assert(sizeof(signals.infos) >= kSlotCount * sizeof(PartInfo));
+  static_assert(sizeof(signals.weights_here) >= kMostRingSlots * kPieces * sizeof(uint64_t));
+  static_assert(sizeof(signals.weights_empty) >= kMostRingSlots * sizeof(uint64_t));
+  static_assert(sizeof(signals.infos) >= kMostRingSlots * sizeof(PartInfo));
   static_assert(sizeof(Signals) <= Layout::kSignals);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kSlotCount * kPieces; ++i) BarrierInit(&signals.weights_here[i], 1);
-    for (int i = 0; i < kSlotCount; ++i) BarrierInit(&signals.weights_empty[i], kConsumerWarps);
+    for (int i = 0; i < shape.slots * kPieces; ++i) BarrierInit(&signals.weights_here[i], 1);
+    for (int i = 0; i < shape.slots; ++i) BarrierInit(&signals.weights_empty[i], kConsumerWarps);
     for (int i = 0; i < kActSlots; ++i) {
       BarrierInit(&signals.acts_here[i], 1);
       BarrierInit(&signals.acts_empty[i], kConsumerWarps);
@@ -343,11 +340,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     signals.copied.Init(1);
     signals.passed.Init(1);
     BarrierInit(&signals.factored, 1);
-    signals.helped.Init(kHelpers + 1);  // and the thread that brings activations
+    signals.helped.Init(kHelpers + 1);  // and who brings activations
     signals.place = {};
     signals.began = DeviceClock();
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    FenceProxyAsync();
+    FenceBarrierInit();
   }
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(PassNodes) / 4); i += kBlockThreads) {
     reinterpret_cast<uint32_t*>(nodes)[i] = reinterpret_cast<const uint32_t*>(&given)[i];
@@ -356,44 +352,48 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
   if (threadIdx.x >= kConsumers) {
     LowerRegisters<64>();
-    Ring ring = RingOf<T, kRowTiles>(shared);
-    if (threadIdx.x == kConsumers) {
+    Ring ring = RingOf<T>(arguments, shared);
+    const auto streams = [](int first) { return threadIdx.x - first < kStreamThreads; };
+    if (streams(kConsumers)) {
       const uint64_t policy = arguments.stream_weights_once ? EvictFirst() : EvictNormal();
       MatmulOp op = arguments.products[0];
       for (int i = 0; i < arguments.product_count; ++i) {
         // The next one's description comes while this one is streamed.
         const MatmulOp next = arguments.products[min(i + 1, arguments.product_count - 1)];
-        StreamWeights<T>(op, ring, policy);
+        StreamWeights<T, kRowTiles>(op, ring, policy);
         op = next;
       }
-    } else if (threadIdx.x == kConsumers + 32) {
+    } else if (streams(kConsumers + 32)) {
       const Progress progress(arguments);
       const uint64_t policy = EvictNormal();
       MatmulOp op = arguments.products[0];
+      const bool leads = LeadsStream();
       int next = 0;  // operator
-      for (int i = 0; i < arguments.product_count; ++i) {
-        const MatmulOp later = arguments.products[min(i + 1, arguments.product_count - 1)];
-        // In step with the others, by whose barriers it waits.
-        for (; next <= op.index; ++next) {
+      const auto arrive_before = [&](int end) {
+        for (; leads && next < end; ++next) {
           if (next >= 2) signals.finished.Wait(next - 2);
           signals.helped.Arrive(next);
         }
+      };
+      for (int i = 0; i < arguments.product_count; ++i) {
+        const MatmulOp later = arguments.products[min(i + 1, arguments.product_count - 1)];
+        // In step with the others, by whose barriers it waits.
+        arrive_before(op.index + 1);
         const auto await_finished = [&] {
-          if (op.index > 0) signals.finished.Wait(op.index - 1);
+          if (leads && op.index > 0) signals.finished.Wait(op.index - 1);
+          SyncStream();
         };
         // Where activations are sent there may be nothing to bring.
         if (SendsActs(8 * kRowTiles)) await_finished();
         StreamActs<T>(op, kRowTiles, ring, policy, [&] {
           if (!SendsActs(8 * kRowTiles)) await_finished();
-          if (op.turn_before > 0) progress.Await(op.counter_before, op.turn_before);
+          if (leads && op.turn_before > 0) progress.Await(op.counter_before, op.turn_before);
+          SyncStream();
           FenceProxyAsync();
         });
         op = later;
       }
-      for (; next < arguments.op_count; ++next) {
-        if (next >= 2) signals.finished.Wait(next - 2);
-        signals.helped.Arrive(next);
-      }
+      arrive_before(arguments.op_count);
     } else if (threadIdx.x >= kConsumers + 64) {
       Help<T, kRowTiles, kMixers>(arguments, *nodes, signals, shared);
     }

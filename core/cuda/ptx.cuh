@@ -1,4 +1,5 @@
-// The few PTX instructions that passes on the device are made of.
+// The few PTX instructions that passes on the device are made of, and what stands for them where a
+// compute capability does not have them.
 
 #ifndef CANOPY_CORE_CUDA_PTX_CUH_
 #define CANOPY_CORE_CUDA_PTX_CUH_
@@ -20,31 +21,38 @@ __device__ inline void BarrierInit(uint64_t* barrier, uint32_t arrivals) {
                : "memory");
 }
 __device__ inline void BarrierArrive(uint64_t* barrier, uint32_t arrivals) {
+#if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
                "r"(arrivals)
                : "memory");
-}
-// Arrives and announces bytes that a bulk copy will bring.
-__device__ inline void BarrierExpect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
-      "r"(bytes)
-      : "memory");
+#else
+  for (; arrivals > 0; --arrivals) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier))
+                 : "memory");
+  }
+#endif
 }
 // Waits until the phase of that parity is complete.
+#if __CUDA_ARCH__ >= 900
+#define CANOPY_TRY_WAIT "try_wait"  // sleeps meanwhile
+#else
+#define CANOPY_TRY_WAIT "test_wait"
+#endif
 __device__ inline void BarrierWait(uint64_t* barrier, uint32_t parity) {
   const uint32_t address = SharedAddress(barrier);
   uint32_t done = 0;
   while (done == 0) {
     asm volatile(
         "{\n .reg .pred p;\n"
-        " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        " mbarrier." CANOPY_TRY_WAIT
+        ".parity.shared::cta.b64 p, [%1], %2;\n"
         " selp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(address), "r"(parity)
         : "memory");
   }
 }
+#undef CANOPY_TRY_WAIT
 
 // What is read once a pass should not push out what is read again.
 __device__ inline uint64_t EvictFirst() {
@@ -58,16 +66,45 @@ __device__ inline uint64_t EvictNormal() {
   return policy;
 }
 
-// Copies bytes (a multiple of 16, both sides 16-byte aligned) to shared memory; the barrier is
-// told.
-__device__ inline void BulkCopy(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
-                                uint64_t policy) {
+// Streams bytes (a multiple of 16, both sides 16-byte aligned) to shared memory: one arrival at the
+// barrier, once they are there. By kStreamThreads threads, of which one leads: one thread's bulk
+// copy, or 16 bytes at a time by a warp where there is none.
+#if __CUDA_ARCH__ >= 900
+inline constexpr int kStreamThreads = 1;
+__device__ inline void SyncStream() {}
+__device__ inline void StreamCopy(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                                  uint64_t policy) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
+  if (bytes == 0) return;
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1], %2, [%3], %4;" ::"r"(SharedAddress(to)),
       "l"(from), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
       : "memory");
 }
+#else
+inline constexpr int kStreamThreads = 32;
+__device__ inline void SyncStream() { __syncwarp(); }
+__device__ inline void StreamCopy(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                                  uint64_t policy) {
+  const uint32_t lane = threadIdx.x % 32;
+  for (uint32_t at = lane * 16; at < bytes; at += 32 * 16) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(
+                     SharedAddress(to) + at),
+                 "l"(static_cast<const char*>(from) + at), "l"(policy)
+                 : "memory");
+  }
+  // The phase now waits for the lane's copies as well.
+  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier))
+               : "memory");
+  SyncStream();
+  if (lane == 0) BarrierArrive(barrier, 1);
+}
+#endif
+__device__ inline bool LeadsStream() { return kStreamThreads == 1 || threadIdx.x % 32 == 0; }
 
 // Brings a line into the cache of the device.
 __device__ inline void Prefetch(const void* address) {
@@ -88,11 +125,22 @@ __device__ inline void CopyAsync4(void* to, const void* from) {
 }
 __device__ inline void CopiesWait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Order ordinary accesses with those of bulk copies: to all memory, to shared memory alone.
+// Order ordinary accesses with those of bulk copies, where there are some: to all memory, to shared
+// memory alone, and the making of barriers.
+#if __CUDA_ARCH__ >= 900
 __device__ inline void FenceProxyAsync() { asm volatile("fence.proxy.async;" ::: "memory"); }
 __device__ inline void FenceProxyAsyncShared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+__device__ inline void FenceBarrierInit() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  FenceProxyAsync();
+}
+#else
+__device__ inline void FenceProxyAsync() {}
+__device__ inline void FenceProxyAsyncShared() {}
+__device__ inline void FenceBarrierInit() {}
+#endif
 
 // Loads of what other blocks wrote in this pass: not through the cache of the multiprocessor. With
 // a condition they are one predicated instruction (the compiler makes branches of its own
@@ -217,7 +265,9 @@ __device__ inline void Unsend4(float* at, bool there = true) {
   StoreNew4(at, make_float4(v, v, v, v), there);
 }
 
-// Registers a thread from here on, for all warps of a group of four.
+// Registers a thread from here on, for all warps of a group of four. In code for one architecture
+// alone; elsewhere all threads have the same number.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
 template <int kRegisters>
 __device__ inline void RaiseRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -226,6 +276,12 @@ template <int kRegisters>
 __device__ inline void LowerRegisters() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
+#else
+template <int kRegisters>
+__device__ inline void RaiseRegisters() {}
+template <int kRegisters>
+__device__ inline void LowerRegisters() {}
+#endif
 
 // A barrier of some warps of a block; 1 is that of the computing warps.
 template <int kBarrier, int kThreads>

@@ -13,8 +13,8 @@
 //
 // All this depends on the matrix and the device alone, and a column of a tensor core's result on
 // that column alone: so row-invariant. Four groups of four warps take a unit of a tile each, where
-// it has so many; on compute capability 9.0 with wgmma, which reads both operands from shared
-// memory, elsewhere with mma.sync. f32 operands are split into three bf16 (core/cuda/ptx.cuh).
+// it has so many; in code for 90a with wgmma, which reads both operands from shared memory,
+// elsewhere with mma.sync. f32 operands are split into three bf16 (core/cuda/ptx.cuh).
 //
 // Bytes: weights once; activations rows * K * sizeof(T) for each tile; sums.
 //
@@ -34,20 +34,38 @@
 
 namespace canopy::cuda {
 
+// The ring of slots that weights are streamed into, the first thing in a block's shared memory.
+struct RingShape {
+  int slots;
+  int slot_bytes;
+
+  CANOPY_HOST_DEVICE constexpr int bytes() const { return slots * slot_bytes; }
+};
 // 128 or 160 KiB of slots (f32 64): up to 22 MB on 132 multiprocessors, five microseconds of an
 // H200's bandwidth, that come while other operators run. Those need the rest of the shared memory,
-// for more rows and in f32 more of it.
-inline constexpr int kSlotBytes = 32 << 10;
-template <typename T, int kRowTiles>
-inline constexpr int kSlots = sizeof(T) == 4   ? 2
-                              : kRowTiles == 1 ? 5
-                              : kRowTiles <= 4 ? 4
-                                               : 3;
+// for more rows and in f32 more of it. On devices whose blocks have less than an H200's, and for
+// operators that need more (Smaller), the ring has as much less, down to two slots of half the
+// size.
+inline constexpr int kFullShared = 227 << 10;
+inline constexpr int kFullSlotBytes = 32 << 10;
+inline constexpr int kMostRingSlots = 5;
+template <typename T>
+CANOPY_HOST_DEVICE constexpr RingShape RingFor(int row_tiles, int shared_bytes) {
+  const int most = sizeof(T) == 4 ? 2 : row_tiles <= 2 ? kMostRingSlots : kMostRingSlots - 1;
+  const int slots = most - (kFullShared - shared_bytes + kFullSlotBytes - 1) / kFullSlotBytes;
+  if (slots < 2) return {2, kFullSlotBytes / 2};
+  return {slots < most ? slots : most, kFullSlotBytes};
+}
+// The next smaller ring; of the smallest, the same.
+constexpr RingShape Smaller(const RingShape& ring) {
+  if (ring.slots > 2) return {ring.slots - 1, ring.slot_bytes};
+  return {2, kFullSlotBytes / 2};
+}
 // A slot is filled in pieces.
 inline constexpr int kPieces = 4;
-inline constexpr int kPieceBytes = kSlotBytes / kPieces;
-// As many as memory's latency asks for; more only make everybody else wait.
-inline constexpr int kUnderWay = 5;
+// As many are under way as memory's latency asks for; more only make everybody else wait.
+CANOPY_HOST_DEVICE constexpr int UnderWay(int row_tiles) { return row_tiles == 1 ? 5 : 4; }
+static_assert(UnderWay(1) <= 2 * kPieces && UnderWay(8) <= 2 * kPieces);
 inline constexpr int kActSlots = 4;
 inline constexpr int kActSlotBytes = 8 << 10;
 inline constexpr int kActRingBytes = kActSlots * kActSlotBytes;
@@ -287,14 +305,14 @@ struct Ring {
   uint64_t* weights_empty;
   uint64_t* acts_here;
   uint64_t* acts_empty;
-  int slot_count;
+  RingShape shape;
   int slot = 0, act_slot = 0;
   uint32_t phase = 0, act_phase = 0;
 
-  __device__ char* weights() const { return slots + slot * kSlotBytes; }
+  __device__ char* weights() const { return slots + slot * shape.slot_bytes; }
   __device__ char* acts() const { return act_slots + act_slot * kActSlotBytes; }
   __device__ void NextWeights() {
-    if (++slot == slot_count) {
+    if (++slot == shape.slots) {
       slot = 0;
       phase ^= 1;
     }
@@ -309,33 +327,32 @@ struct Ring {
 
 // K-steps of weights in a slot, where whole units are read of every one.
 template <typename T>
-__device__ inline int SlotSteps(int blocks) {
-  return 1 + (kSlotBytes - PadTo(kUnitBlocks, blocks) * kBlockBytes<T>) / (blocks * kBlockBytes<T>);
+__device__ inline int SlotSteps(const Ring& ring, int blocks) {
+  return 1 + (ring.shape.slot_bytes - PadTo(kUnitBlocks, blocks) * kBlockBytes<T>) /
+                 (blocks * kBlockBytes<T>);
 }
 
-// One thread: streams the weights of this block's run, kUnderWay pieces at a time.
-template <typename T>
+// kStreamThreads threads: stream the weights of this block's run.
+template <typename T, int kRowTiles>
 __device__ inline void StreamWeights(const MatmulOp& op, Ring& ring, uint64_t policy) {
+  const int piece_bytes = ring.shape.slot_bytes / kPieces;
   ForParts<T, true>(op, blockIdx.x, gridDim.x, [&](const PartInfo& part, int, int64_t offset) {
     const char* from = static_cast<const char*>(op.weights) + offset;
-    const int most = SlotSteps<T>(part.blocks);
+    const int most = SlotSteps<T>(ring, part.blocks);
     int steps_left = part.steps;
     do {
       const int steps = min(steps_left, most);
       int left = steps * part.blocks * kBlockBytes<T>;
       BarrierWait(&ring.weights_empty[ring.slot], ring.phase ^ 1);
-      ring.infos[ring.slot] = part;
+      if (LeadsStream()) ring.infos[ring.slot] = part;
 #pragma unroll 1
       for (int piece = 0; piece < kPieces; ++piece) {
-        const int here = ring.slot * kPieces + piece, before = here - kUnderWay;
-        BarrierWait(&ring.weights_here[before < 0 ? before + ring.slot_count * kPieces : before],
+        const int here = ring.slot * kPieces + piece, before = here - UnderWay(kRowTiles);
+        BarrierWait(&ring.weights_here[before < 0 ? before + ring.shape.slots * kPieces : before],
                     before < 0 ? ring.phase ^ 1 : ring.phase);
-        const int bytes = min(max(left, 0), kPieceBytes);
-        BarrierExpect(&ring.weights_here[here], bytes);
-        if (bytes > 0) {
-          BulkCopy(ring.weights() + piece * kPieceBytes, from, bytes, &ring.weights_here[here],
+        const int bytes = min(max(left, 0), piece_bytes);
+        StreamCopy(ring.weights() + piece * piece_bytes, from, bytes, &ring.weights_here[here],
                    policy);
-        }
         from += bytes;
         left -= bytes;
       }
@@ -345,7 +362,7 @@ __device__ inline void StreamWeights(const MatmulOp& op, Ring& ring, uint64_t po
   });
 }
 
-// One thread: brings the activations behind the first ones, once ready() has returned.
+// kStreamThreads threads: bring the activations behind the first ones, once ready() has returned.
 template <typename T, typename Ready>
 __device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring, uint64_t policy,
                                   const Ready& ready) {
@@ -364,10 +381,7 @@ __device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring,
         if (!waited) ready();
         waited = true;
         BarrierWait(&ring.acts_empty[ring.act_slot], ring.act_phase ^ 1);
-        BarrierExpect(&ring.acts_here[ring.act_slot], bytes);
-        if (bytes > 0) {
-          BulkCopy(ring.acts(), from, bytes, &ring.acts_here[ring.act_slot], policy);
-        }
+        StreamCopy(ring.acts(), from, bytes, &ring.acts_here[ring.act_slot], policy);
       }
       from += bytes;
       left -= steps;
@@ -629,7 +643,7 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
       part = ring.infos[ring.slot];
       left = uniform(int{part.steps});
       blocks = uniform(int{part.blocks});
-      most = SlotSteps<T>(blocks);
+      most = SlotSteps<T>(ring, blocks);
       // A group of warps whose unit the tile does not have computes nothing of use.
       unit = min(group, (blocks - 1) / kUnitBlocks);
       acts_left = 0;

@@ -421,6 +421,22 @@ INSTANTIATE_TEST_SUITE_P(Models, LongContexts, ::testing::ValuesIn(LongParams())
                            return info.param.model.name + "_" + std::string(Name(info.param.dtype));
                          });
 
+// In f32 this state leaves no room for 64 rows.
+TEST_F(OnDevice, LargeTreesAreSeveralPassesWhereAPassHasFewerRows) {
+  RandomModelOptions options{.kind = "ssd", .d_state = 384, .seed = 23};
+  const auto model = MakeCudaDecoder(*cuda_, MakeRandomSpec(*cpu_, options), DType::kF32);
+  ASSERT_TRUE(model.ok()) << model.status();
+  ASSERT_LT((*model)->MaxRows(), 64);
+  std::mt19937_64 rng(23);
+  const std::vector<TokenId> context = RandomTokens(rng, 45, options.vocab);
+  const TokenTree tree = RandomTree(rng, 64, 20, options.vocab);
+  Session session(**model);
+  session.Prefill(context);
+  const Rows rows = session.Score(tree);
+  const Rows plain = TokenByToken(**model, context, tree);
+  for (int i = 0; i < tree.size(); ++i) EXPECT_TRUE(SameBits(rows[i], plain[i])) << i;
+}
+
 TEST_F(OnDevice, RefusesWhatTheKernelsDoNotHave) {
   RandomModelOptions wide{.kind = "attention", .heads = 1, .head_dim = 320, .kv_heads = 1};
   const auto refused = MakeCudaDecoder(*cuda_, MakeRandomSpec(*cpu_, wide), DType::kBF16);

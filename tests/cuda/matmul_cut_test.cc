@@ -1,5 +1,8 @@
 // How products are cut into runs: every quantum is in one run, runs are equally long, and every
-// weight has a place of its own. Needs no device.
+// weight has a place of its own. And what of shared memory their weights' ring has. Needs no
+// device.
+
+#include <cuda_bf16.h>
 
 #include <algorithm>
 #include <random>
@@ -104,6 +107,37 @@ TEST(MatmulCut, EveryWeightHasItsPlace) {
         taken[at] = true;
       }
     }
+  }
+}
+
+template <typename T>
+void ExpectRing(int row_tiles, int shared_bytes, int slots, int slot_bytes) {
+  const RingShape ring = RingFor<T>(row_tiles, shared_bytes);
+  EXPECT_EQ(ring.slots, slots) << row_tiles << " " << shared_bytes;
+  EXPECT_EQ(ring.slot_bytes, slot_bytes) << row_tiles << " " << shared_bytes;
+  // A k-step of the widest tile, and room for what products work with.
+  EXPECT_GE(ring.slot_bytes, kMostTileUnits * kUnitBytes<T>);
+  const int rest = shared_bytes - ring.bytes() - static_cast<int>(sizeof(PassNodes));
+  EXPECT_GE(rest, kMatmulWorkBytes);
+}
+
+// By what a block has on compute capability 9.0 and 10.0, on 8.0, and on 8.6, 8.9 and 12.0.
+TEST(WeightRing, FollowsTheSharedMemory) {
+  constexpr int kLarge = 227 << 10, kMiddle = 163 << 10, kSmall = 99 << 10;
+  constexpr int kWhole = 32 << 10, kHalf = 16 << 10;
+  ExpectRing<__nv_bfloat16>(1, kLarge, 5, kWhole);
+  ExpectRing<__nv_bfloat16>(2, kLarge, 5, kWhole);
+  ExpectRing<__nv_bfloat16>(4, kLarge, 4, kWhole);
+  ExpectRing<__nv_bfloat16>(8, kLarge, 4, kWhole);
+  ExpectRing<__nv_bfloat16>(8, 2 * kLarge, 4, kWhole);
+  ExpectRing<__nv_bfloat16>(1, kMiddle, 3, kWhole);
+  ExpectRing<__nv_bfloat16>(8, kMiddle, 2, kWhole);
+  ExpectRing<__nv_bfloat16>(1, kSmall, 2, kHalf);
+  ExpectRing<__nv_bfloat16>(8, kSmall, 2, kHalf);
+  for (const int row_tiles : {1, 2, 4, 8}) {
+    ExpectRing<float>(row_tiles, kLarge, 2, kWhole);
+    ExpectRing<float>(row_tiles, kMiddle, 2, kHalf);
+    ExpectRing<float>(row_tiles, kSmall, 2, kHalf);
   }
 }
 
