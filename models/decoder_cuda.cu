@@ -436,6 +436,7 @@ absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
                                                     const std::vector<int>& outputs) {
   DeviceMatrix result;
   op.group_steps = columns.padded_width() / 16;
+  op.norm.groups = columns.groups;  // which parts end with
   const int blocks = cuda_.multiprocessors();
   const cuda::MatmulCut cut(op, blocks);
   std::vector<uint8_t> counts;

@@ -55,6 +55,15 @@ std::vector<Case> Cases() {
         .groups = 2,
         .d_state = 20,
         .seed = 12}},
+      // Parts of out_proj end with norm groups.
+      {"ssd_norm_groups",
+       {.kind = "ssd",
+        .hidden = 256,
+        .heads = 16,
+        .head_dim = 64,
+        .groups = 2,
+        .norm_groups = 4,
+        .seed = 24}},
       {"ssd_short_convolution", {.kind = "ssd", .conv_kernel = 2, .seed = 22}},
       {"ssd_wide_heads", {.kind = "ssd", .heads = 3, .head_dim = 72, .d_state = 33, .seed = 13}},
       {"ssd_published_head",
@@ -423,7 +432,7 @@ INSTANTIATE_TEST_SUITE_P(Models, LongContexts, ::testing::ValuesIn(LongParams())
 
 // In f32 this state leaves no room for 64 rows.
 TEST_F(OnDevice, LargeTreesAreSeveralPassesWhereAPassHasFewerRows) {
-  RandomModelOptions options{.kind = "ssd", .d_state = 384, .seed = 23};
+  RandomModelOptions options{.kind = "ssd", .d_state = 640, .seed = 23};
   const auto model = MakeCudaDecoder(*cuda_, MakeRandomSpec(*cpu_, options), DType::kF32);
   ASSERT_TRUE(model.ok()) << model.status();
   ASSERT_LT((*model)->MaxRows(), 64);

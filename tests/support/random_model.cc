@@ -95,6 +95,7 @@ class SpecMaker {
     spec.heads = o.heads;
     spec.head_dim = o.head_dim;
     spec.groups = o.groups;
+    spec.norm_groups = o.norm_groups;
     spec.d_state = o.d_state;
     spec.conv_kernel = o.conv_kernel;
     spec.in_proj = Weights(spec.inner() + spec.channels() + spec.heads, o.hidden);

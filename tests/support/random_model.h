@@ -25,6 +25,7 @@ struct RandomModelOptions {
   int heads = 4;
   int head_dim = 16;
   int groups = 1;
+  int norm_groups = 1;
   int d_state = 16;
   int kv_heads = 2;
   int conv_kernel = 4;
