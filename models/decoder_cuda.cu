@@ -528,9 +528,6 @@ absl::Status CudaDecoder<T>::PrepareScan(const SsdSpec& ssd, int layer, cuda::Sc
   scan->padded_head = cuda::PadTo(cuda::kGroup, ssd.head_dim);
   scan->padded_d_state = cuda::PadTo(32, ssd.d_state);
   scan->taps = ssd.conv_kernel - 1;
-  while (16 << scan->vector_shift < scan->padded_d_state * static_cast<int>(sizeof(T))) {
-    ++scan->vector_shift;
-  }
   scan->dt_min = ssd.dt_min;
   scan->dt_max = ssd.dt_max;
   scan->norm_groups = ssd.norm_groups;

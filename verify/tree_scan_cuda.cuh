@@ -49,7 +49,6 @@ struct ScanOp {
   int taps = 0;            // kernel - 1
   int channels = 0;        // padded to a multiple of 4
   int sent_columns = 0;    // of B, C and dt, that a block takes at a time
-  int vector_shift = 0;    // 1 << this: 16-byte vectors of a row of C, or more
   int tile_groups = 0;
   int tiles_of_group = 0;  // of heads
   // Tiles of this operator, one a block: where there are more than blocks, several operators of a
@@ -328,7 +327,7 @@ __device__ inline int TileOfBlock(const ScanOp& op) {
 // What the block's part of a scan reads of weights and of earlier passes, into shared memory. One
 // warp, which has all of it under way at once.
 template <typename T, int kRowTiles>
-__device__ inline void StageScan(const ScanOp& op, const PassNodes& nodes,
+__device__ __noinline__ void StageScan(const ScanOp& op, const PassNodes& nodes,
                                  const LayerStore<T>& store, char* work) {
   const int lane = threadIdx.x % 32;
   const int channels = op.tile_groups * kGroup, width = op.heads * op.padded_head;
@@ -387,7 +386,7 @@ __device__ inline void StageScan(const ScanOp& op, const PassNodes& nodes,
 }
 
 // Into the state terms: their decay, and the path sum over the prefix, whose rows nodes share: of
-// more than 16 rows a thread has two. By thread `thread` of `threads`.
+// more than 32 rows a thread has two. By thread `thread` of `threads`.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void AddPrefix(const ScanOp& op, const PassNodes& nodes, char* work,
                                           const ScanTile& tile, int thread, int threads) {
@@ -400,7 +399,7 @@ __device__ __forceinline__ void AddPrefix(const ScanOp& op, const PassNodes& nod
   const float* boundary = reinterpret_cast<const float*>(work + layout.boundary);
   const float* decay = reinterpret_cast<const float*>(work + layout.decay);
   const float* ring_u = reinterpret_cast<const float*>(work + layout.ring_u);
-  constexpr int kVec = kRows <= 8 ? 2 : 4, kOwn = kRows > 16 ? 2 : 1, kApart = kRows / 2;
+  constexpr int kVec = kRows <= 8 ? 2 : 4, kOwn = kRows > 32 ? 2 : 1, kApart = kRows / 2;
   const int each = channels / kVec, whole = prefix / 4 * 4;
 #pragma unroll 1
   for (int item = thread; item < (kOwn > 1 ? min(rows, kApart) : rows) * each; item += threads) {
@@ -568,7 +567,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
     if (!has_tile) return;
     // The state term S C_i with the checkpoint that node i reads: a warp has two groups of
     // channels.
-    constexpr int kAhead = kFew ? 4 : 2;  // blocks of 32 states
+    constexpr int kAhead = kRowTiles == 1 ? 3 : 2;  // blocks of 32 states
     const int groups_left = tile.groups - warp * 2;
     StateBlock s[kAhead];
     const auto load_state = [&](int position, int block, StateBlock& to) {
@@ -587,28 +586,34 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
     {
       // C as other blocks send it, some vectors of 16 bytes at a time.
       constexpr int kPer16 = 16 / sizeof(T), kBatch = kRowTiles < 4 ? kRowTiles : 4;
-      const int shift = op.vector_shift, vector = tid & ((1 << shift) - 1);
-      const char* from =
-          op.sent + (b_width + state_column + vector * kPer16) * static_cast<int>(sizeof(T));
-      const int end = vector * kPer16 < ds ? rows : 0;
+      const int vectors = ds / kPer16, end = rows * vectors;
+      const char* from = op.sent + (b_width + state_column) * static_cast<int>(sizeof(T));
 #pragma unroll 1
-      for (int first = tid >> shift; first < end; first += kBatch * (kHalf >> shift)) {
+      for (int first = tid; first < end; first += kBatch * kHalf) {
         uint4 v[kBatch];
+        int at[kBatch];  // vector of its row
+        int row[kBatch];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          const int item = first + k * kHalf;
+          row[k] = RowOfItem(item, vectors);
+          at[k] = item - row[k] * vectors;
+        }
         bool unsent;
         do {
           unsent = false;
 #pragma unroll
           for (int k = 0; k < kBatch; ++k) {
-            const int r = first + k * (kHalf >> shift);
-            v[k] = LoadSentBits(from + r * op.sent_bytes, r < end);
+            v[k] = LoadSentBits(from + (row[k] * op.sent_bytes + at[k] * 16), row[k] < rows);
           }
 #pragma unroll
           for (int k = 0; k < kBatch; ++k) unsent |= IsUnsent<T>(v[k]);
         } while (unsent);
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
-          const int r = first + k * (kHalf >> shift);
-          if (r < end) *reinterpret_cast<uint4*>(c + r * c_stride + vector * kPer16) = v[k];
+          if (row[k] < rows) {
+            *reinterpret_cast<uint4*>(c + (row[k] * c_stride + at[k] * kPer16)) = v[k];
+          }
         }
       }
     }
