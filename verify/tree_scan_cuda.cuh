@@ -328,7 +328,7 @@ __device__ inline int TileOfBlock(const ScanOp& op) {
 // warp, which has all of it under way at once.
 template <typename T, int kRowTiles>
 __device__ __noinline__ void StageScan(const ScanOp& op, const PassNodes& nodes,
-                                 const LayerStore<T>& store, char* work) {
+                                       const LayerStore<T>& store, char* work) {
   const int lane = threadIdx.x % 32;
   const int channels = op.tile_groups * kGroup, width = op.heads * op.padded_head;
   const ScanLayout<T> layout(8 * kRowTiles, op.padded_d_state, op.sent_columns, channels);
@@ -386,7 +386,7 @@ __device__ __noinline__ void StageScan(const ScanOp& op, const PassNodes& nodes,
 }
 
 // Into the state terms: their decay, and the path sum over the prefix, whose rows nodes share: of
-// more than 32 rows a thread has two. By thread `thread` of `threads`.
+// more than 16 rows a thread has two. By thread `thread` of `threads`.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void AddPrefix(const ScanOp& op, const PassNodes& nodes, char* work,
                                           const ScanTile& tile, int thread, int threads) {
@@ -399,7 +399,7 @@ __device__ __forceinline__ void AddPrefix(const ScanOp& op, const PassNodes& nod
   const float* boundary = reinterpret_cast<const float*>(work + layout.boundary);
   const float* decay = reinterpret_cast<const float*>(work + layout.decay);
   const float* ring_u = reinterpret_cast<const float*>(work + layout.ring_u);
-  constexpr int kVec = kRows <= 8 ? 2 : 4, kOwn = kRows > 32 ? 2 : 1, kApart = kRows / 2;
+  constexpr int kVec = kRows <= 8 ? 2 : 4, kOwn = kRows > 16 ? 2 : 1, kApart = kRows / 2;
   const int each = channels / kVec, whole = prefix / 4 * 4;
 #pragma unroll 1
   for (int item = thread; item < (kOwn > 1 ? min(rows, kApart) : rows) * each; item += threads) {
