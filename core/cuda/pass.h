@@ -8,8 +8,8 @@
 // operator not when the next one begins, but the one after that. Blocks have sixteen warps that
 // compute and four that serve them: one streams weights, in an order that is fixed when the model
 // is loaded, into a ring of slots in shared memory and so runs ahead of the operators as far as the
-// ring is long; one brings activations once they are there; two prepare the next operator, and of
-// few rows make the B, C and dt that it reads.
+// ring is long; one brings activations once they are there; two prepare the operators that come
+// next.
 //
 // Activations that a matrix product reads are kept as the tensor cores want them:
 //   act [k_steps][rows of the bucket][16]   T, elements of a k-step in the order of ActIndex
