@@ -53,7 +53,9 @@ struct Progress {
   __device__ void Tell(int counter) const { AddRelease(counters + counter * kCounterStride, 1); }
   __device__ void Await(int counter, int turn) const {
     const uint32_t all = (counter == 0 ? base[0] : base[1]) + turn * gridDim.x;
-    while (static_cast<int32_t>(LoadAcquire(counters + counter * kCounterStride) - all) < 0) {
+    int looks = 0;
+    while (LookAgain(
+        looks, static_cast<int32_t>(LoadAcquire(counters + counter * kCounterStride) - all) < 0)) {
     }
   }
 };
@@ -253,6 +255,7 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
     fetch(0);
     put(0);
   }
+  bool scan_before = false;
   for (int i = 0; i <= arguments.op_count; ++i) {
     // The description is fetched before there is place for it.
     if (helper == 0) fetch(i + 1);
@@ -303,10 +306,12 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
       HelpRowFactors(op.norm, nodes.rows, helper, kHelpers, factors);
     }
     __syncwarp();
-    if (helper == 1 && is_scan(i - 1) && is_scan(i)) {
+    const bool scan = is_scan(i);
+    if (helper == 1 && scan_before && scan) {
       signals.finished.Wait(i - 1);
       stage(i);
     }
+    scan_before = scan;
     if (helper == 0 && is_scan(i + 1)) {
       PrefetchScan<T>(op_at(i + 1).ssd.scan, nodes, store_of(i + 1));
     }

@@ -226,9 +226,10 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
 #pragma unroll 1
   for (int row = first_row; active && row < rows; row += step) {
     SumVector<1, kMostEarlySplits> sum;
+    int looks = 0;
     do {
       sum.Load(op.partials, row, column, true);
-    } while (sum.Unsent(splits));
+    } while (LookAgain(looks, sum.Unsent(splits)));
     const float value =
         fmaf(factors[row], FinishOne(sum, op.partials, row, column, splits), in_bias);
     if (is_dt) {
@@ -493,6 +494,7 @@ __device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int w
     for (int part = lane; part < PadTo(32, norm.count); part += 32) {
       float v[kBatch];
       bool unsent;
+      int looks = 0;
       do {
         unsent = false;
 #pragma unroll
@@ -501,7 +503,7 @@ __device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int w
           v[n] = LoadSent(norm.squares + row * norm.count + part, part < norm.count && row < rows);
           unsent |= SendsActs(8 * kRowTiles) && IsUnsent(v[n]);
         }
-      } while (unsent);
+      } while (LookAgain(looks, unsent));
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) sums[n] += v[n];
     }
@@ -600,6 +602,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
           at[k] = item - row[k] * vectors;
         }
         bool unsent;
+        int looks = 0;
         do {
           unsent = false;
 #pragma unroll
@@ -608,7 +611,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
           }
 #pragma unroll
           for (int k = 0; k < kBatch; ++k) unsent |= IsUnsent<T>(v[k]);
-        } while (unsent);
+        } while (LookAgain(looks, unsent));
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
           if (row[k] < rows) {
@@ -706,9 +709,10 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
             op.sent + row * op.sent_bytes + 2 * b_width * static_cast<int>(sizeof(T)) +
             (tile.first_head + h) * 4);
         float dt;
+        int looks = 0;
         do {
           dt = LoadSent(from);
-        } while (IsUnsent(dt));
+        } while (LookAgain(looks, IsUnsent(dt)));
         dts[h * kRows + row] = dt;
       }
     }
@@ -774,7 +778,8 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
           return is && group * 8 + octet >= new_rows;
         };
         if (first > 0) load();
-        while (unsent()) load();
+        int looks = 0;
+        while (LookAgain(looks, unsent())) load();
         FragmentB<T> second[kBlocksAhead][2];
 #pragma unroll
         for (int k = 0; k < kBlocksAhead; ++k) SetSecond(second[k], b[k]);

@@ -117,8 +117,8 @@ __device__ inline void CopyAsync16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(SharedAddress(to)), "l"(from)
                : "memory");
 }
-// 4 bytes, through the multiprocessor's cache: of what nobody has read so in this pass before it was
-// written.
+// 4 bytes, through the multiprocessor's cache: of what nobody has read so in this pass before it
+// was written.
 __device__ inline void CopyAsync4(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(SharedAddress(to)), "l"(from)
                : "memory");
@@ -220,6 +220,12 @@ __device__ inline bool IsUnsent(const uint4& v) {
   } else {
     return v.x == kUnsent || v.y == kUnsent || v.z == kUnsent || v.w == kUnsent;
   }
+}
+// Whether to look again for what is unsent. Who has looked for a millisecond or more, which is so
+// only where all are slow, as under a checker, pauses, so as not to be in the others' way.
+__device__ inline bool LookAgain(int& looks, bool unsent) {
+  if (unsent && ++looks > 1000) __nanosleep(1000);
+  return unsent;
 }
 __device__ inline void Send(float* to, float v, bool there = true) {
   asm volatile(

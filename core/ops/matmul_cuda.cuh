@@ -579,6 +579,7 @@ __device__ __noinline__ inline void BeginMatmul(const MatmulOp& op, const FirstA
       v[s] = LoadSentBits(from[s], there);
     }
     bool unsent;
+    int looks = 0;
     do {
       unsent = false;
 #pragma unroll
@@ -587,7 +588,7 @@ __device__ __noinline__ inline void BeginMatmul(const MatmulOp& op, const FirstA
         v[s] = LoadSentBits(from[s]);
         unsent = true;
       }
-    } while (unsent);
+    } while (LookAgain(looks, unsent));
 #pragma unroll
     for (int s = 0; s < kActSlots; ++s) {
       if (to[s] >= 0) {
