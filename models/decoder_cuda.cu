@@ -361,7 +361,7 @@ class CudaDecoder final : public CudaModel {
   int mixed_steps_ = 0;
   size_t partial_floats_ = 0;
   int scan_squares_ = 0;
-  int scan_head_dim_ = 0;
+  int scan_head_dim_ = 0, scan_heads_ = 0, scan_groups_ = 0, scan_norm_groups_ = 0;
   int sent_bytes_ = 0;
   int q_columns_ = 0;
   std::array<cuda::RingShape, kBuckets> rings_ = {};  // of weights
@@ -761,7 +761,9 @@ absl::Status CudaDecoder<T>::Prepare() {
       mixed_steps_ = std::max(mixed_steps_, out.k_steps());
       const int squares = scan.norm_groups * scan.square_parts;
       if (scan_squares_ > 0 &&
-          (squares != scan_squares_ || scan.taps != taps_ || ssd.head_dim != scan_head_dim_)) {
+          (squares != scan_squares_ || scan.taps != taps_ || ssd.head_dim != scan_head_dim_ ||
+           ssd.heads != scan_heads_ || ssd.groups != scan_groups_ ||
+           ssd.norm_groups != scan_norm_groups_)) {
         return absl::UnimplementedError(
             absl::StrCat("layer ", index,
                          ": its SSD mixer has other sizes than those before it, "
@@ -770,6 +772,9 @@ absl::Status CudaDecoder<T>::Prepare() {
       scan_squares_ = squares;
       taps_ = scan.taps;
       scan_head_dim_ = ssd.head_dim;
+      scan_heads_ = ssd.heads;
+      scan_groups_ = ssd.groups;
+      scan_norm_groups_ = ssd.norm_groups;
       if (ssd.norm_groups > cuda::kMostNormGroups) {
         return unsupported(i, absl::StrCat(ssd.norm_groups, " norm groups; the CUDA kernels have ",
                                            cuda::kMostNormGroups));
@@ -1142,8 +1147,9 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   for (const UsedUp& sent : used_up) {
     CHECK(sent.op < ops.size() && sent.bytes % 16 == 0);
     cuda::Sent* to = ops[sent.op].used_up;
-    while (to->vectors > 0) ++to;
-    CHECK(to < ops[sent.op].used_up + cuda::kMostUsedUp);
+    const cuda::Sent* const end = to + cuda::kMostUsedUp;
+    while (to < end && to->vectors > 0) ++to;
+    CHECK(to < end);
     *to = {static_cast<uint4*>(sent.data), static_cast<int32_t>(sent.bytes / 16)};
   }
   // What the kernels rely on. An operator begins when all blocks are done with the last but one: so
@@ -1158,6 +1164,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     // What is brought into shared memory for a scan.
     CHECK(!scan || ops[i - 1].kind == cuda::OpKind::kEmbed ||
           ops[i - 1].kind == cuda::OpKind::kResidual || ops[i - 1].kind == cuda::OpKind::kScan);
+    CHECK(!scan || i < 2 || ops[i - 1].kind == cuda::OpKind::kScan ||
+          ops[i - 2].kind == cuda::OpKind::kMatmul);
     CHECK(i + 4 < ops.size() || ops[i].barrier != 0);
   }
   SetTurns(&ops, sends_acts);

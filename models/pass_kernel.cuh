@@ -2,7 +2,7 @@
 //
 // What did not pay (docs/performance.md): a flag a block instead of a counter for the grid's
 // barrier; all operators as called functions, which save registers to local memory (attention's
-// blocks and the scan's inputs are such functions, since there it saves the others more); an
+// blocks are such a function, since there it saves the others more); an
 // operator's description loaded by the computing warps themselves, whose registers it then did not
 // fit; attention's code in the kernels of models without attention; in_proj as two products with
 // the scan's inputs in between; looking at mbarriers all the time.
@@ -61,8 +61,8 @@ struct Op {
   int32_t counter = 0;
   int32_t turn = 0;
   Sent used_up[kMostUsedUp];
-  // Of the input of the product before it, whose sums it reads, or of a scan its own product's; see
-  // HelpRowFactors.
+  // Of the input of the product before it, whose sums it reads (HelpRowFactors), or of a scan's own
+  // product (MakeFactors).
   RowNorm norm;
   union {  // by kind
     EmbedOp embed;

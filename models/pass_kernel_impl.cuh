@@ -21,14 +21,15 @@ struct Turns {
 // What the roles of a block tell each other.
 struct Signals {
   uint64_t weights_here[20], weights_empty[8], acts_here[kActSlots], acts_empty[kActSlots];
-  PartInfo infos[8];  // of the ring's slots
-  Turns finished;     // by this block, and where a barrier follows by all
-  Turns copied;       // its description
-  Turns passed;       // all blocks are done with its last but one predecessor
-  Turns helped;       // it is prepared
-  RingPlace place;    // of the computing warps
-  uint64_t factored;  // of a scan: factors of its input's norm are there
-  uint64_t began;     // by DeviceClock
+  PartInfo infos[8];     // of the ring's slots
+  Turns finished;        // by this block, and where a barrier follows by all
+  Turns copied;          // its description
+  Turns passed;          // all blocks are done with its last but one predecessor
+  Turns helped;          // it is prepared
+  RingPlace place;       // of the computing warps, for the next product
+  RingPlace next_place;  // and behind the one that runs, while warps may still read the former
+  uint64_t factored;     // of a scan: factors of its input's norm are there
+  uint64_t began;        // by DeviceClock
 };
 
 // Made anew where it is used, so that nobody holds it in registers. shared: behind the slots.
@@ -53,9 +54,7 @@ struct Progress {
   __device__ void Tell(int counter) const { AddRelease(counters + counter * kCounterStride, 1); }
   __device__ void Await(int counter, int turn) const {
     const uint32_t all = (counter == 0 ? base[0] : base[1]) + turn * gridDim.x;
-    int looks = 0;
-    while (LookAgain(
-        looks, static_cast<int32_t>(LoadAcquire(counters + counter * kCounterStride) - all) < 0)) {
+    while (static_cast<int32_t>(LoadAcquire(counters + counter * kCounterStride) - all) < 0) {
     }
   }
 };
@@ -119,13 +118,14 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
         break;
       case OpKind::kMatmul:
         ConsumeMatmul<T, kRowTiles>(op.matmul, first_acts, nodes.rows, RingOf<T>(arguments, shared),
-                                    &signals.place, reinterpret_cast<float*>(work + kActRingBytes));
+                                    signals.place, &signals.next_place,
+                                    reinterpret_cast<float*>(work + kActRingBytes));
         break;
       case OpKind::kScan:
         if constexpr ((kMixers & kSsdMixers) != 0) {
           Scan<T, kRowTiles>(op.ssd.in, op.ssd.scan, op.norm, nodes, store, first_acts,
-                             RingOf<T>(arguments, shared), &signals.place, &signals.factored,
-                             factors, work);
+                             RingOf<T>(arguments, shared), signals.place, &signals.next_place,
+                             &signals.factored, factors, work);
         }
         break;
       case OpKind::kAttentionInputs:
@@ -161,6 +161,7 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
     if (op.kind != OpKind::kMatmul) FenceProxyAsyncShared();
     SyncThreads<kConsumers>();
     if (threadIdx.x == 0) {
+      signals.place = signals.next_place;
       if (all_blocks) {
         const Progress progress(arguments);
         progress.Tell(op.counter);
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     signals.passed.Init(1);
     BarrierInit(&signals.factored, 1);
     signals.helped.Init(kHelpers + 1);  // and who brings activations
-    signals.place = {};
+    signals.place = signals.next_place = {};
     signals.began = DeviceClock();
     FenceBarrierInit();
   }

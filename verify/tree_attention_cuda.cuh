@@ -140,7 +140,6 @@ __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const Pas
         }
       }
       bool unsent;
-      int looks = 0;
       do {
         unsent = false;
 #pragma unroll
@@ -151,7 +150,7 @@ __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const Pas
           const int d = base + k * 32 + lane;
           sums[k].Load(op.partials, row, first + d, d < op.head_dim);
         }
-      } while (LookAgain(looks, unsent));
+      } while (unsent);
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
         const int d = base + k * 32 + lane;
@@ -488,10 +487,9 @@ __device__ __forceinline__ void CombineBlocks(const AttentionOp& op, const PassN
                   part * (kSumDims + 2);
     const auto stats_of = [&](int b) {
       float2 stats;
-      int looks = 0;
       do {
         stats = LoadSent2(from + b * stride);
-      } while (LookAgain(looks, IsUnsent(stats.x) || IsUnsent(stats.y)));
+      } while (IsUnsent(stats.x) || IsUnsent(stats.y));
       return stats;
     };
     float most = -INFINITY;
@@ -511,7 +509,6 @@ __device__ __forceinline__ void CombineBlocks(const AttentionOp& op, const PassN
       for (int first = 0; first < count; first += kAhead) {
         float2 values[kAhead];
         bool unsent;
-        int looks = 0;
         do {
           unsent = false;
 #pragma unroll
@@ -522,7 +519,7 @@ __device__ __forceinline__ void CombineBlocks(const AttentionOp& op, const PassN
           }
 #pragma unroll
           for (int b = 0; b < kAhead; ++b) unsent |= IsUnsent(values[b].x) || IsUnsent(values[b].y);
-        } while (LookAgain(looks, unsent));
+        } while (unsent);
 #pragma unroll
         for (int b = 0; b < kAhead; ++b) {
           const float f = __shfl_sync(0xffffffffu, factor, (first + b) % 32);

@@ -83,9 +83,6 @@ struct ScanOp {
     const int each = heads / groups * HeadGroups(), of = group / each;
     return of * tiles_of_group + (group - of * each) / tile_groups;
   }
-  CANOPY_HOST_DEVICE int NormGroupOf(int group) const {
-    return group / HeadGroups() / (heads / norm_groups);
-  }
   CANOPY_HOST_DEVICE int GroupsOf(int tile) const {
     const int left = (heads / groups) * HeadGroups() - tile % tiles_of_group * tile_groups;
     return left < tile_groups ? left : tile_groups;
@@ -226,10 +223,9 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
 #pragma unroll 1
   for (int row = first_row; active && row < rows; row += step) {
     SumVector<1, kMostEarlySplits> sum;
-    int looks = 0;
     do {
       sum.Load(op.partials, row, column, true);
-    } while (LookAgain(looks, sum.Unsent(splits)));
+    } while (sum.Unsent(splits));
     const float value =
         fmaf(factors[row], FinishOne(sum, op.partials, row, column, splits), in_bias);
     if (is_dt) {
@@ -494,7 +490,6 @@ __device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int w
     for (int part = lane; part < PadTo(32, norm.count); part += 32) {
       float v[kBatch];
       bool unsent;
-      int looks = 0;
       do {
         unsent = false;
 #pragma unroll
@@ -503,7 +498,7 @@ __device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int w
           v[n] = LoadSent(norm.squares + row * norm.count + part, part < norm.count && row < rows);
           unsent |= SendsActs(8 * kRowTiles) && IsUnsent(v[n]);
         }
-      } while (LookAgain(looks, unsent));
+      } while (unsent);
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) sums[n] += v[n];
     }
@@ -602,7 +597,6 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
           at[k] = item - row[k] * vectors;
         }
         bool unsent;
-        int looks = 0;
         do {
           unsent = false;
 #pragma unroll
@@ -611,7 +605,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
           }
 #pragma unroll
           for (int k = 0; k < kBatch; ++k) unsent |= IsUnsent<T>(v[k]);
-        } while (LookAgain(looks, unsent));
+        } while (unsent);
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
           if (row[k] < rows) {
@@ -709,10 +703,9 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
             op.sent + row * op.sent_bytes + 2 * b_width * static_cast<int>(sizeof(T)) +
             (tile.first_head + h) * 4);
         float dt;
-        int looks = 0;
         do {
           dt = LoadSent(from);
-        } while (LookAgain(looks, IsUnsent(dt)));
+        } while (IsUnsent(dt));
         dts[h * kRows + row] = dt;
       }
     }
@@ -778,8 +771,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
           return is && group * 8 + octet >= new_rows;
         };
         if (first > 0) load();
-        int looks = 0;
-        while (LookAgain(looks, unsent())) load();
+        while (unsent()) load();
         FragmentB<T> second[kBlocksAhead][2];
 #pragma unroll
         for (int k = 0; k < kBlocksAhead; ++k) SetSecond(second[k], b[k]);
@@ -1066,16 +1058,17 @@ template <typename T, int kRowTiles>
 __device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const RowNorm& norm,
                                      const PassNodes& nodes, const LayerStore<T>& store,
                                      const FirstActs& first_acts, const Ring& ring,
-                                     RingPlace* place, uint64_t* factored, float* factors,
-                                     char* work) {
+                                     const RingPlace& place, RingPlace* next_place,
+                                     uint64_t* factored, float* factors, char* work) {
   constexpr int kProductBarrier = 7;
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int units = __shfl_sync(0xffffffffu, in.TileUnits(), 0);
   const bool has_tile = HasTile(op);
-  AwaitActs<T, kRowTiles>(in, first_acts, nodes.rows, ring, *place, nullptr);
+  AwaitActs<T, kRowTiles>(in, first_acts, nodes.rows, ring, place, nullptr);
   if (group < units) {
     float sums[kRowTiles][4] = {};
-    ConsumeMatmul<T, kRowTiles, /*kOwn=*/true>(in, nodes.rows, ring, place, nullptr, sums);
+    ConsumeMatmul<T, kRowTiles, /*kOwn=*/true>(in, nodes.rows, ring, place, next_place, nullptr,
+                                               sums);
     if (has_tile) {
       // The product's activations are used up.
       SyncWarps<kProductBarrier>(units * 128);

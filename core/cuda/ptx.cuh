@@ -221,12 +221,6 @@ __device__ inline bool IsUnsent(const uint4& v) {
     return v.x == kUnsent || v.y == kUnsent || v.z == kUnsent || v.w == kUnsent;
   }
 }
-// Whether to look again for what is unsent. Who has looked for a millisecond or more, which is so
-// only where all are slow, as under a checker, pauses, so as not to be in the others' way.
-__device__ inline bool LookAgain(int& looks, bool unsent) {
-  if (unsent && ++looks > 1000) __nanosleep(1000);
-  return unsent;
-}
 __device__ inline void Send(float* to, float v, bool there = true) {
   asm volatile(
       "{\n .reg .pred p;\n setp.ne.s32 p, %2, 0;\n @p st.relaxed.gpu.global.f32 [%0], %1;\n}" ::"l"(

@@ -579,7 +579,6 @@ __device__ __noinline__ inline void BeginMatmul(const MatmulOp& op, const FirstA
       v[s] = LoadSentBits(from[s], there);
     }
     bool unsent;
-    int looks = 0;
     do {
       unsent = false;
 #pragma unroll
@@ -588,7 +587,7 @@ __device__ __noinline__ inline void BeginMatmul(const MatmulOp& op, const FirstA
         v[s] = LoadSentBits(from[s]);
         unsent = true;
       }
-    } while (LookAgain(looks, unsent));
+    } while (unsent);
 #pragma unroll
     for (int s = 0; s < kActSlots; ++s) {
       if (to[s] >= 0) {
@@ -614,12 +613,13 @@ __device__ __forceinline__ void AwaitActs(const MatmulOp& op, const FirstActs& f
 }
 
 // The groups of warps that have a unit in a tile; the others leave the rings to them, who tell by
-// `at` where they are. With kOwn the sums of the last tile, if the block has one, stay in `sums`,
-// and those of early tiles alone are sent: see MultiplySteps.
+// `next` where they are at the end. That must not be `at`, which slower warps may not have read.
+// With kOwn the sums of the last tile, if the block has one, stay in `sums`, and those of early
+// tiles alone are sent: see MultiplySteps.
 template <typename T, int kRowTiles, bool kOwn>
 __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, const Ring& first,
-                                              RingPlace* at, const float* factors,
-                                              float (&sums)[kRowTiles][4]) {
+                                              const RingPlace& at, RingPlace* next,
+                                              const float* factors, float (&sums)[kRowTiles][4]) {
   // What decides on the way to wgmma must be seen to be the same in a whole warp: hence shuffles.
   const auto uniform = [](auto value) { return __shfl_sync(0xffffffffu, value, 0); };
   const int warp = uniform(threadIdx.x / 32), group = warp / 4;
@@ -627,8 +627,8 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
   const bool with_norm = !kOwn && op.norm.squares != nullptr;
   const uint32_t arrivals = kConsumerWarps / 4 / uniform(op.TileUnits());
   Ring ring = first;
-  ring.slot = uniform(at->slot), ring.phase = uniform(at->phase);
-  ring.act_slot = uniform(at->act_slot), ring.act_phase = uniform(at->act_phase);
+  ring.slot = uniform(at.slot), ring.phase = uniform(at.phase);
+  ring.act_slot = uniform(at.act_slot), ring.act_phase = uniform(at.act_phase);
   const bool grouped = !kOwn && op.norm.groups > 1;
   float totals[kRowTiles][4] = {};  // of norm groups that are complete
   PartInfo part = {};
@@ -704,19 +704,19 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
       }
     }
   }
-  if (threadIdx.x == 0) *at = {ring.slot, ring.act_slot, ring.phase, ring.act_phase};
+  if (threadIdx.x == 0) *next = {ring.slot, ring.act_slot, ring.phase, ring.act_phase};
 }
 
 // The operator.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, const FirstActs& first_acts,
-                                              int rows, const Ring& ring, RingPlace* at,
-                                              float* factors) {
+                                              int rows, const Ring& ring, const RingPlace& at,
+                                              RingPlace* next, float* factors) {
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   float sums[kRowTiles][4] = {};
-  AwaitActs<T, kRowTiles>(op, first_acts, rows, ring, *at, factors);
+  AwaitActs<T, kRowTiles>(op, first_acts, rows, ring, at, factors);
   if (group < __shfl_sync(0xffffffffu, op.TileUnits(), 0)) {
-    ConsumeMatmul<T, kRowTiles, /*kOwn=*/false>(op, rows, ring, at, factors, sums);
+    ConsumeMatmul<T, kRowTiles, /*kOwn=*/false>(op, rows, ring, at, next, factors, sums);
   }
 }
 

@@ -132,10 +132,9 @@ struct SumVector {
 #pragma unroll 1
     for (int k = kAhead; k < splits; ++k) {
       float next[kCount];
-      int looks = 0;
       do {
         LoadAt(next, at + k * p.split_stride, true);
-      } while (LookAgain(looks, Unsent(next)));
+      } while (Unsent(next));
 #pragma unroll
       for (int i = 0; i < kCount; ++i) sum[i] += next[i];
       UnsendAt(at + k * p.split_stride, true);
@@ -154,10 +153,9 @@ __device__ inline float FinishOne(const SumVector<1, kAhead>& sum, const Partial
 __device__ inline float Sum(const Partials& p, int row, int column) {
   const int splits = Splits(p, column);
   Sum1 sum;
-  int looks = 0;
   do {
     sum.Load(p, row, column, true);
-  } while (LookAgain(looks, sum.Unsent(splits)));
+  } while (sum.Unsent(splits));
   return FinishOne(sum, p, row, column, splits);
 }
 
@@ -197,10 +195,9 @@ struct Sum4 {
 #pragma unroll 1
     for (int k = kAhead; k < splits; ++k) {
       float4 next;
-      int looks = 0;
       do {
         next = LoadSent4(at + k * p.split_stride);
-      } while (LookAgain(looks, Unsent(next, valid)));
+      } while (Unsent(next, valid));
       add(next);
       Unsend4(at + k * p.split_stride);
     }
@@ -288,10 +285,7 @@ __device__ __forceinline__ void Residual(const ResidualOp& shared_op, const Pass
     Sum4<8> partials;
     partials.Load(op.partials, row, column, active && valid > 0);
     const float f = row_factor.Finish(op.norm, row);
-    int looks = 0;
-    while (LookAgain(looks, partials.Unsent(splits, valid))) {
-      partials.Load(op.partials, row, column, true);
-    }
+    while (partials.Unsent(splits, valid)) partials.Load(op.partials, row, column, true);
     const float4 sum = partials.Finish(op.partials, row, column, splits, valid);
     x = make_float4(fmaf(f, sum.x, x.x) + bias.x, fmaf(f, sum.y, x.y) + bias.y,
                     fmaf(f, sum.z, x.z) + bias.z, fmaf(f, sum.w, x.w) + bias.w);
@@ -331,11 +325,10 @@ __device__ __forceinline__ void Gated(const GatedOp& shared_op, const PassNodes&
       const int gate_splits = there ? Splits(op.partials, column) : 0;
       const int up_splits = there ? Splits(op.partials, up_column) : 0;
       Sum4<3> gates, ups;
-      int looks = 0;
       do {
         gates.Load(op.partials, row, column, there);
         ups.Load(op.partials, row, up_column, there);
-      } while (LookAgain(looks, gates.Unsent(gate_splits, 4) || ups.Unsent(up_splits, 4)));
+      } while (gates.Unsent(gate_splits, 4) || ups.Unsent(up_splits, 4));
       gate = gates.Finish(op.partials, row, column, gate_splits, 4);
       up = ups.Finish(op.partials, row, up_column, up_splits, 4);
     } else {
