@@ -73,7 +73,6 @@ say "== benchmark"
 run "$programs/canopy" bench --model synthetic:mamba2-2.7b --device=cuda --compare || failed=1
 run "$programs/canopy" bench --model synthetic:llama-8b --device=cuda || failed=1
 
-# In f32 recurrent layers alone: with attention it does not come to an end (docs/performance.md).
 say "== compute-sanitizer memcheck"
 # check NAME COMMAND...: one command under memcheck.
 check() {
@@ -90,15 +89,14 @@ else
   for model in data/models/* tests/models/golden/*/; do
     model=${model%/}
     [ -f "$model/golden.safetensors" ] || continue
-    dtypes=bf16
-    case $model in */mamba2-*) dtypes='bf16 f32' ;; esac
-    for dtype in $dtypes; do
+    for dtype in bf16 f32; do
       check "$dtype $model" "$programs/canopy" golden --model "$model" \
         --golden "$model/golden.safetensors" --device=cuda --dtype=$dtype --tolerance=1000
     done
   done
   for filter in '*SelectsTheGreatestLogits/ssd_bf16' '*SelectsTheGreatestLogits/attention_bf16' \
     '*TreeEqualsTokenByToken/hybrid_bf16' '*SelectsTheGreatestLogits/ssd_f32' \
+    '*SelectsTheGreatestLogits/attention_f32' '*TreeEqualsTokenByToken/hybrid_f32' \
     '*TreeEqualsTokenByToken/ssd_f32' '*AreNotRepeated*' \
     'PromisedCuda.PromisedPendingNodesAreResolved'; do
     check "device tests $filter" "$tests" --gtest_brief=1 --gtest_filter="$filter"
