@@ -1069,10 +1069,10 @@ __device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const
     float sums[kRowTiles][4] = {};
     ConsumeMatmul<T, kRowTiles, /*kOwn=*/true>(in, nodes.rows, ring, place, next_place, nullptr,
                                                sums);
+    BarrierWait(factored, op.number & 1);
     if (has_tile) {
       // The product's activations are used up.
       SyncWarps<kProductBarrier>(units * 128);
-      BarrierWait(factored, op.number & 1);
       KeepTile<T, kRowTiles>(op, nodes.rows, factors, work, sums);
     }
   }
