@@ -67,6 +67,7 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(int device) {
   cudaFuncAttributes attributes;
   const cudaError_t code = cudaFuncGetAttributes(&attributes, Probe);
   if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorUnsupportedPtxVersion) {
+    cudaGetLastError();  // it would be found by the next call of somebody else
     return absl::FailedPreconditionError(absl::StrCat(
         what, ", for which this build has no code that the driver can load (",
         cudaGetErrorName(code), "); configure it with -DCANOPY_CUDA_ARCHITECTURES=",

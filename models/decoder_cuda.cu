@@ -110,11 +110,6 @@ std::vector<int> PaddedParts(int first, int parts, int width, int padded) {
   }
   return result;
 }
-template <typename Element>
-void Append(const std::vector<Element>& more, std::vector<Element>* to) {
-  to->insert(to->end(), more.begin(), more.end());
-}
-
 template <typename T>
 class Storage final : public StateStorage {
  public:
@@ -728,6 +723,8 @@ absl::Status CudaDecoder<T>::Prepare() {
       cuda::ScanOp& scan = layer.scan;
       const std::vector<int> inner = PaddedParts(0, ssd.heads, ssd.head_dim, scan.padded_head);
       const int states = 2 * ssd.groups * ssd.d_state, early = states + ssd.heads;
+      scan.packed_bytes =
+          cuda::ScanPacked(scan.sent_columns, scan.tile_groups * cuda::kGroup).bytes;
       // Of in_proj: B, C and dt, then tiles of x and z.
       const int blocks = cuda_.multiprocessors();
       for (int first = 0; first < scan.Tiles(); first += blocks) {
@@ -749,15 +746,11 @@ absl::Status CudaDecoder<T>::Prepare() {
         }
         ASSIGN_OR_RETURN(DeviceMatrix in, Upload(ssd.in_proj, hidden_columns, own, outputs));
         layer.in.push_back(std::move(in));
-      }
-      ASSIGN_OR_RETURN(layer.out, Upload(ssd.out_proj, out, Plan(hidden, out)));
-      ASSIGN_OR_RETURN(layer.out_bias, Upload(ssd.out_proj_bias, padded_hidden));
-      scan.packed_bytes =
-          cuda::ScanPacked(scan.sent_columns, scan.tile_groups * cuda::kGroup).bytes;
-      for (int first = 0; first < scan.Tiles(); first += blocks) {
         ASSIGN_OR_RETURN(Buffer packed, PackScan(ssd, scan, out.padded_width(), first));
         layer.packed.push_back(std::move(packed));
       }
+      ASSIGN_OR_RETURN(layer.out, Upload(ssd.out_proj, out, Plan(hidden, out)));
+      ASSIGN_OR_RETURN(layer.out_bias, Upload(ssd.out_proj_bias, padded_hidden));
       mixed_steps_ = std::max(mixed_steps_, out.k_steps());
       const int squares = scan.norm_groups * scan.square_parts;
       if (scan_squares_ > 0 &&
@@ -1031,6 +1024,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                 hidden_steps_,
                 {layers_[0].norm, hidden_acts[0], squares_of(hidden_acts[0])}};
     // Whatever the last pass left: its last operators, or all after the layers, may not have run.
+    // Embed's own outputs may still hold that pass's values, which its barrier keeps from readers.
     if (sends_acts) {
       used_up.push_back({0, at.acts[bucket], (hidden_elements + 2 * mixed_elements) * sizeof(T)});
     }

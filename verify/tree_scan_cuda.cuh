@@ -68,7 +68,8 @@ struct ScanOp {
   int sent_bytes = 0;   // a multiple of 16
   void* act = nullptr;  // out_proj's input, before the norm's factor
   // [kMaxRows][norm_groups][square_parts]: of the channels of a norm group in each tile that has
-  // some, 0 where it is fewer tiles.
+  // some, 0 where those are fewer. One place for all layers: a tile is multiplied over all of K, so
+  // what the residual sums before it read of the last layer's is read when its own are written.
   float* squares = nullptr;
   int square_parts = 0;
 

@@ -18,7 +18,7 @@ CANOPY_HOST_DEVICE constexpr int Granules(int k_steps) { return (k_steps * 16 + 
 struct NormInput {
   const float* weight = nullptr;  // [padded columns], zero behind the last column
   void* act = nullptr;
-  float* squares = nullptr;  // [kMaxRows][granules]
+  float* squares = nullptr;  // [rows of the bucket][granules]
 };
 
 struct EmbedOp {

@@ -64,6 +64,9 @@ std::vector<Case> Cases() {
         .groups = 2,
         .norm_groups = 4,
         .seed = 24}},
+      // On 132 multiprocessors tiles of 24 channels, one of which lies in both norm groups.
+      {"ssd_straddled_norm_groups",
+       {.kind = "ssd", .hidden = 64, .heads = 34, .head_dim = 64, .norm_groups = 2, .seed = 25}},
       {"ssd_short_convolution", {.kind = "ssd", .conv_kernel = 2, .seed = 22}},
       {"ssd_wide_heads", {.kind = "ssd", .heads = 3, .head_dim = 72, .d_state = 33, .seed = 13}},
       {"ssd_published_head",
