@@ -285,13 +285,16 @@ class CudaDecoder final : public CudaModel {
   };
 
   // Addresses in a workspace's memory, the same for every bucket but the activations. Of what is
-  // sent there are two, used in turn: the last is made ready while the next is in use.
+  // sent there are some, used in turn: the last is made ready while the next is in use. Two where
+  // the operator that reads it is the one that sends it, or makes it ready itself.
+  static constexpr int kActPlaces = 3;
   struct Places {
     float* x;
-    T* act_hidden[kBuckets];  // the first; then `acts` has the second, and both of act_mixed
+    T* act_hidden[kBuckets];  // the first; then `acts` has the others, and those of act_mixed
     T* acts[kBuckets];
     float* partials[2];
-    float* scan_squares;
+    float* scan_squares;  // that are not sent
+    float* sent_squares;
     char* scan_sent[2];
     T* q;
     float* select_values;
@@ -939,10 +942,12 @@ void CudaDecoder<T>::AddPieces(Pieces& pieces, Places& p, CudaWorkspace& ws) con
   pieces.Add(&p.x, kMaxRows * hidden);
   for (int b = 0; b < kBuckets; ++b) {
     pieces.Add(&p.act_hidden[b], HiddenInput(b));
-    pieces.Add(&p.acts[b], HiddenInput(b) + kBucketRows[b] * size_t{2} * mixed_steps_ * 16);
+    pieces.Add(&p.acts[b], (kActPlaces - 1) * HiddenInput(b) +
+                               kActPlaces * kBucketRows[b] * size_t{1} * mixed_steps_ * 16);
   }
   for (float*& partials : p.partials) pieces.Add(&partials, partial_floats_);
   pieces.Add(&p.scan_squares, size_t{1} * kMaxRows * scan_squares_);
+  pieces.Add(&p.sent_squares, size_t{kActPlaces} * kMaxRows * scan_squares_);
   pieces.Add(&p.q, size_t{1} * kMaxRows * q_columns_);
   for (char*& sent : p.scan_sent) pieces.Add(&sent, size_t{1} * kMaxRows * sent_bytes_);
   pieces.Add(&ws.logits, size_t{1} * kMaxRows * head_.op.ld);
@@ -969,10 +974,15 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   const int rows = kBucketRows[bucket];
   const size_t hidden_elements = HiddenInput(bucket);
   const size_t mixed_elements = size_t{1} * rows * mixed_steps_ * 16;
-  T* const hidden_acts[2] = {at.act_hidden[bucket], at.acts[bucket]};
-  T* const mixed_acts[2] = {at.acts[bucket] + hidden_elements,
-                            at.acts[bucket] + hidden_elements + mixed_elements};
-  int sums_place = 0, hidden_place = 0, mixed_place = 0, other_sent = 0, scans = 0;
+  const size_t squares = size_t{1} * rows * scan_squares_;
+  T* hidden_acts[kActPlaces] = {at.act_hidden[bucket]};
+  T* mixed_acts[kActPlaces];
+  T* act = at.acts[bucket];
+  for (int i = 1; i < kActPlaces; ++i, act += hidden_elements) hidden_acts[i] = act;
+  for (int i = 0; i < kActPlaces; ++i, act += mixed_elements) mixed_acts[i] = act;
+  const size_t other_elements = act - at.acts[bucket];
+  int sums_place = 0, hidden_place = 0, mixed_place = 0, squares_place = 0, other_sent = 0;
+  int scans = 0;
   // The product of the next operator; `last` of those that read their input.
   const auto product = [&](const DeviceMatrix& matrix, T* act, float* out,
                            const cuda::RowNorm& norm, bool last = true) {
@@ -997,13 +1007,21 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     ops.push_back(op);
     return matrix.Sums(out);
   };
-  const auto other = [&](int* place) { return sends_acts ? *place = 1 - *place : 0; };
+  // The operator that comes next sends what it has made ready two operators before.
+  const auto sends = [&](const void* data) {
+    for (const UsedUp& sent : used_up) CHECK(sent.data != data || sent.op + 2 <= ops.size());
+  };
+  const auto next_place = [&](int* place, int places) {
+    return sends_acts ? *place = (*place + 1) % places : 0;
+  };
   const auto squares_of = [&](T* hidden_act) {
     return reinterpret_cast<float*>(hidden_act + HiddenActs(bucket));
   };
   const auto next_input = [&](const float* weight) {
-    T* const act = hidden_acts[other(&hidden_place)];
-    return cuda::NormInput{weight, act, squares_of(act)};
+    T* const next = hidden_acts[next_place(&hidden_place, kActPlaces)];
+    sends(next);
+    sends(squares_of(next));
+    return cuda::NormInput{weight, next, squares_of(next)};
   };
   // The norm of the input at hand, whose factors operator `reader` needs.
   const auto hidden_norm = [&](float eps, size_t reader) {
@@ -1025,26 +1043,29 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                 {layers_[0].norm, hidden_acts[0], squares_of(hidden_acts[0])}};
     // Whatever the last pass left: its last operators, or all after the layers, may not have run.
     // Embed's own outputs may still hold that pass's values, which its barrier keeps from readers.
-    if (sends_acts) {
-      used_up.push_back({0, at.acts[bucket], (hidden_elements + 2 * mixed_elements) * sizeof(T)});
-    }
+    if (sends_acts) used_up.push_back({0, at.acts[bucket], other_elements * sizeof(T)});
     ops.push_back(op);
   }
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& layer = layers_[i];
     const BlockSpec& block = spec_.blocks[i];
     const float* after_block = i + 1 < layers_.size() ? layers_[i + 1].norm : final_norm_;
-    const auto residual = [&](const cuda::Partials& partials, const cuda::RowNorm& norm,
-                              const float* bias, const float* next) {
+    const auto next_sums = [&] { return at.partials[next_place(&sums_place, 2)]; };
+    // norm: of the input in one group, whose factor the residual sum applies.
+    const auto residual = [&](const DeviceMatrix& matrix, T* act, const cuda::RowNorm& product_norm,
+                              const cuda::RowNorm& norm, const float* bias, const float* next) {
       cuda::Op op;
       op.kind = cuda::OpKind::kResidual;
       op.barrier = !sends_acts;
-      op.residual = {partials, norm, bias, at.x, hidden, hidden_steps_, next_input(next)};
+      float* const sums = next_sums();
+      op.sum.out = product(matrix, act, sums, product_norm);
+      op.sum.residual = {matrix.Sums(sums), norm,          bias,            at.x,
+                         hidden,            hidden_steps_, next_input(next)};
       ops.push_back(op);
     };
     T* const hidden_act = hidden_acts[hidden_place];
-    float* const in_sums = at.partials[other(&sums_place)];
-    T* const mixed = mixed_acts[other(&mixed_place)];
+    float* const in_sums = next_sums();
+    T* const mixed = mixed_acts[next_place(&mixed_place, kActPlaces)];
     cuda::RowNorm out_norm;
     if (const auto* attention = std::get_if<AttentionSpec>(&block.mixer)) {
       const cuda::Partials in = matmul(layer.in[0], hidden_act, in_sums, {});
@@ -1070,6 +1091,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
         op.kind = kind;
         op.barrier = kind == cuda::OpKind::kAttentionInputs ||
                      (kind == cuda::OpKind::kCombineBlocks && !sends_acts);
+        if (kind == cuda::OpKind::kCombineBlocks) sends(mixed);
         op.norm = kind == cuda::OpKind::kAttentionInputs ? hidden_norm(block.norm.eps, ops.size())
                                                          : cuda::RowNorm{};
         ops.push_back(op);
@@ -1083,8 +1105,16 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       scan = layer.scan;
       scan.partials = layer.in[0].Sums(in_sums);
       scan.act = mixed;
-      scan.squares = at.scan_squares;
+      const bool sends_squares = sends_acts && ssd.norm_groups == 1;
+      scan.squares =
+          sends_squares
+              ? at.sent_squares + size_t{1} * next_place(&squares_place, kActPlaces) * squares
+              : at.scan_squares;
       scan.sent = at.scan_sent[other_sent = 1 - other_sent];
+      for (const void* data : {scan.act, static_cast<void*>(scan.squares),
+                               static_cast<void*>(scan.sent)}) {
+        sends(data);
+      }
       op.norm = hidden_norm(block.norm.eps, ops.size() + layer.in.size() - 1);
       op.barrier = !sends_acts || ssd.norm_groups > 1;
       for (const DeviceMatrix& in : layer.in) {
@@ -1099,22 +1129,25 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
         ops.push_back(op);
         scan.first_tile += scan.tiles;
       }
-      out_norm = {at.scan_squares, scan_squares_ / ssd.norm_groups, ssd.norm_groups,
+      out_norm = {scan.squares, scan_squares_ / ssd.norm_groups, ssd.norm_groups,
                   static_cast<float>(ssd.norm_groups) / static_cast<float>(ssd.inner()),
                   ssd.norm_eps};
+      if (sends_squares) {
+        used_up.push_back({ops.size() + 2, scan.squares, squares * sizeof(float)});
+      }
     }
     // Factors of several groups of columns are the product's business, one alone the reader's.
     const bool grouped = out_norm.groups > 1;
-    const cuda::Partials out = matmul(layer.out, mixed, at.partials[other(&sums_place)],
-                                      grouped ? out_norm : cuda::RowNorm{});
-    residual(out, grouped ? cuda::RowNorm{} : out_norm, layer.out_bias,
+    residual(layer.out, mixed, grouped ? out_norm : cuda::RowNorm{},
+             grouped ? cuda::RowNorm{} : out_norm, layer.out_bias,
              block.mlp ? layer.mlp_norm : after_block);
     if (block.mlp) {
       const cuda::Partials middle =
-          matmul(layer.gate_up, hidden_acts[hidden_place], at.partials[other(&sums_place)], {});
-      T* const gated = mixed_acts[other(&mixed_place)];
+          matmul(layer.gate_up, hidden_acts[hidden_place], next_sums(), {});
+      T* const gated = mixed_acts[next_place(&mixed_place, kActPlaces)];
       cuda::Op op;
       op.kind = cuda::OpKind::kGated;
+      sends(gated);
       op.barrier = !sends_acts;
       op.norm = hidden_norm(block.mlp_norm->eps, ops.size());
       op.gated = {middle,
@@ -1124,8 +1157,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                   cuda::PadTo16(block.mlp->intermediate) / 16,
                   gated};
       ops.push_back(op);
-      const cuda::Partials down = matmul(layer.down, gated, at.partials[other(&sums_place)], {});
-      residual(down, {}, layer.down_bias, after_block);
+      residual(layer.down, gated, {}, {}, layer.down_bias, after_block);
     }
   }
   ops.back().barrier = 1;  // the head's product reads the norm's sums at once
@@ -1137,6 +1169,11 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     op.select = {ws.logits, head_.op.ld,      spec_.info.vocab_size,
                  stage,     at.select_values, at.select_tokens};
     ops.push_back(op);
+  }
+  // As with the activations: what the last scan of the last pass sent.
+  if (HasSsd()) {
+    used_up.push_back({0, at.scan_sent[other_sent], size_t{1} * rows * sent_bytes_});
+    if (sends_acts) used_up.push_back({0, at.sent_squares, kActPlaces * squares * sizeof(float)});
   }
   for (const UsedUp& sent : used_up) {
     CHECK(sent.op < ops.size() && sent.bytes % 16 == 0);
@@ -1158,8 +1195,6 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     // What is brought into shared memory for a scan.
     CHECK(!scan || ops[i - 1].kind == cuda::OpKind::kEmbed ||
           ops[i - 1].kind == cuda::OpKind::kResidual || ops[i - 1].kind == cuda::OpKind::kScan);
-    CHECK(!scan || i < 2 || ops[i - 1].kind == cuda::OpKind::kScan ||
-          ops[i - 2].kind == cuda::OpKind::kMatmul);
     CHECK(i + 4 < ops.size() || ops[i].barrier != 0);
   }
   SetTurns(&ops, sends_acts);
@@ -1170,9 +1205,10 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     if (is_product) ops[i].product()->index = static_cast<int>(i);
     const std::string name =
         is_product ? absl::StrCat("product ", shapes[i].out, " x ", shapes[i].in) : "";
-    names->push_back(!is_product                          ? cuda::Name(ops[i].kind)
-                     : ops[i].kind == cuda::OpKind::kScan ? name + " and scan"
-                                                          : name);
+    names->push_back(!is_product                              ? cuda::Name(ops[i].kind)
+                     : ops[i].kind == cuda::OpKind::kScan     ? name + " and scan"
+                     : ops[i].kind == cuda::OpKind::kResidual ? name + " and residual"
+                                                              : name);
   }
   return ops;
 }

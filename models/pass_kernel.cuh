@@ -72,7 +72,10 @@ struct Op {
       ScanOp scan;
     } ssd;
     AttentionOp attention;
-    ResidualOp residual;
+    struct {
+      MatmulOp out;
+      ResidualOp residual;
+    } sum;
     GatedOp gated;
     SelectOp select;
   };
@@ -80,7 +83,10 @@ struct Op {
   Op() : embed() {}
 
   CANOPY_HOST_DEVICE const MatmulOp* product() const {
-    return kind == OpKind::kMatmul ? &matmul : kind == OpKind::kScan ? &ssd.in : nullptr;
+    return kind == OpKind::kMatmul     ? &matmul
+           : kind == OpKind::kScan     ? &ssd.in
+           : kind == OpKind::kResidual ? &sum.out
+                                       : nullptr;
   }
   MatmulOp* product() { return const_cast<MatmulOp*>(std::as_const(*this).product()); }
 };

@@ -117,9 +117,14 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
         Embed<T>(op.embed, nodes, kBucket);
         break;
       case OpKind::kMatmul:
-        ConsumeMatmul<T, kRowTiles>(op.matmul, first_acts, nodes.rows, RingOf<T>(arguments, shared),
-                                    signals.place, &signals.next_place,
+      case OpKind::kResidual:
+        ConsumeMatmul<T, kRowTiles>(*op.product(), first_acts, nodes.rows,
+                                    RingOf<T>(arguments, shared), signals.place,
+                                    &signals.next_place,
                                     reinterpret_cast<float*>(work + kActRingBytes));
+        if (op.kind == OpKind::kResidual) {
+          Residual<T, kBucket>(op.sum.residual, op.sum.out.TileUnits(), nodes);
+        }
         break;
       case OpKind::kScan:
         if constexpr ((kMixers & kSsdMixers) != 0) {
@@ -142,9 +147,6 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
         if constexpr ((kMixers & kAttentionMixers) != 0) {
           CombineBlocks<T>(op.attention, nodes, kBucket);
         }
-        break;
-      case OpKind::kResidual:
-        Residual<T>(op.residual, nodes, kBucket);
         break;
       case OpKind::kGated:
         Gated<T>(op.gated, nodes, factors, kBucket);
@@ -291,13 +293,11 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
         *reinterpret_cast<uint4*>(place(i) + Layout::kOp + Layout::kStore) =
             __ldg(reinterpret_cast<const uint4*>(op.product()->first_acts + blockIdx.x));
       }
-      // A scan's memory is free, and what it reads there, when the last but two is done; but what a
-      // commit moves behind the first operator's barrier.
+      // What a scan reads there may still be moved by a commit, behind the first one's barrier.
       if (i == 1 && is_scan(1)) {
         signals.finished.Wait(0);
         stage(1);
       }
-      if (i >= 1 && is_scan(i + 1) && !is_scan(i)) stage(i + 1);
       if (kAttention && op.kind == OpKind::kAttentionInputs) {
         PrefetchKeys<T>(op.attention, nodes, store_of(i), blockIdx.x, lane, 32);
       }
@@ -318,6 +318,11 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
     }
     __syncwarp();
     if (lane == 0) signals.helped.Arrive(i);
+    // While the operator before a scan multiplies, which needs none of that memory.
+    if (helper == 1 && i >= 1 && is_scan(i + 1) && !scan) {
+      signals.finished.Wait(i - 1);
+      stage(i + 1);
+    }
   }
 }
 

@@ -68,8 +68,7 @@ struct ScanOp {
   int sent_bytes = 0;   // a multiple of 16
   void* act = nullptr;  // out_proj's input, before the norm's factor
   // [kMaxRows][norm_groups][square_parts]: of the channels of a norm group in each tile that has
-  // some, 0 where those are fewer. One place for all layers: a tile is multiplied over all of K, so
-  // what the residual sums before it read of the last layer's is read when its own are written.
+  // some. Of one norm group they are sent up to 16 rows; of several, 0 where parts are fewer.
   float* squares = nullptr;
   int square_parts = 0;
 
@@ -1047,7 +1046,7 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
     for (int g = 0; g < tile.groups; ++g) {
       sum += squares[tid * kMostGroups + g];
       const bool last = g + 1 == tile.groups || tile.square[g + 1] != tile.square[g];
-      StoreNew(to + tile.square[g], sum, last);
+      Send(to + tile.square[g], sum, last);
       if (last) sum = 0.0f;
     }
   }

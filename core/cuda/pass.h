@@ -148,9 +148,9 @@ struct Partials {
 };
 
 // RMSNorm of whole rows or of groups of a row, as sums of squares that are turned into one factor a
-// row and group: squares [rows][groups * count], f32. Those of the residual stream are sent
-// (kUnsent) up to 16 rows: who reads them in the next operator waits for each; all others, and
-// readers of a scan's, which are not, stand behind "all are done with the last but one".
+// row and group: squares [rows][groups * count], f32. Up to 16 rows they are sent (kUnsent): who
+// reads them in the next operator waits for each, all others stand behind "all are done with the
+// last but one". Those of several groups are not, and a barrier stands behind who writes them.
 struct RowNorm {
   const float* squares = nullptr;  // null: no norm, the factor is 1
   int count = 0;                   // parts of a group

@@ -467,19 +467,39 @@ struct RowFactor {
     const int count = norm.squares == nullptr ? 0 : norm.count, lane = threadIdx.x % 32;
     const float* from = norm.squares + at * count + lane;
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) v[k] = LoadNew(from + 32 * k, lane + 32 * k < count);
+    for (int k = 0; k < kAhead; ++k) v[k] = LoadSent(from + 32 * k, lane + 32 * k < count);
   }
+  template <bool kSent = false>
   __device__ float Finish(const RowNorm& norm, int at) const {
     float sum = ((v[0] + v[1]) + (v[2] + v[3])) + (v[4] + v[5]);
     if (norm.count > 32 * kAhead) {
       const float* from = norm.squares + at * norm.count;
 #pragma unroll 1
       for (int j = threadIdx.x % 32 + 32 * kAhead; j < norm.count; j += 32) {
-        sum += LoadNew(from + j);
+        float next;
+        do {
+          next = LoadSent(from + j);
+        } while (kSent && IsUnsent(next));
+        sum += next;
       }
+      __syncwarp();
     }
     const float factor = rsqrtf(fmaf(WarpSum(sum), norm.inverse_width, norm.eps));
     return norm.squares == nullptr ? 1.0f : factor;
+  }
+  // With kSent once the squares come.
+  template <bool kSent>
+  __device__ static float Of(const RowNorm& norm, int at) {
+    RowFactor factor;
+    bool unsent;
+    do {
+      factor.Load(norm, at);
+      unsent = false;
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) unsent |= kSent && IsUnsent(factor.v[k]);
+    } while (unsent);
+    __syncwarp();
+    return factor.Finish<kSent>(norm, at);
   }
 };
 

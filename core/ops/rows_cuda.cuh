@@ -29,7 +29,8 @@ struct EmbedOp {
   NormInput next;
 };
 
-// x += factor * partials + bias
+// x += factor * partials + bias, of a product in the same operator: warps that have no unit of it
+// wait for the sums, of other columns and of all blocks.
 struct ResidualOp {
   Partials partials;
   RowNorm norm;  // of the product's input, in one group
@@ -237,11 +238,11 @@ __device__ inline void WriteNormInput(const NormInput& next, int bucket_rows, in
 // Calls task(row, column, active) for every granule of every row, over the whole grid: a warp a
 // granule, four columns a lane, active where they are there.
 template <typename F>
-__device__ inline void ForGranules(int rows, int k_steps, const F& task) {
+__device__ inline void ForGranules(int rows, int k_steps, const F& task, int first_warp = 0) {
   const int granules = Granules(k_steps), total = rows * granules;
 #pragma unroll 1
-  for (int i = blockIdx.x + threadIdx.x / 32 * gridDim.x; i < total;
-       i += kConsumerWarps * gridDim.x) {
+  for (int i = blockIdx.x + (threadIdx.x / 32 - first_warp) * gridDim.x; i < total;
+       i += (kConsumerWarps - first_warp) * gridDim.x) {
     const int row = i / granules;
     const int column = (i - row * granules) * kGranule + threadIdx.x % 32 * 4;
     task(row, column, column < k_steps * 16);
@@ -269,29 +270,47 @@ __device__ __forceinline__ void Embed(const EmbedOp& shared_op, const PassNodes&
   });
 }
 
-template <typename T>
-__device__ __forceinline__ void Residual(const ResidualOp& shared_op, const PassNodes& nodes,
-                                         int bucket_rows) {
+// product_units: of the product in the same operator.
+template <typename T, int kBucketRows>
+__device__ __forceinline__ void Residual(const ResidualOp& shared_op, int product_units,
+                                         const PassNodes& nodes) {
+  constexpr int kMultipliedBarrier = 8;
+  const bool all_multiply = product_units == kMostTileUnits;
+  const int first_warp = all_multiply ? 0 : product_units * 4;
+  if (static_cast<int>(threadIdx.x) < first_warp * 32) {
+    ArriveWarps<kMultipliedBarrier, kConsumers>();
+    return;
+  }
   const ResidualOp op = shared_op;
-  ForGranules(nodes.rows, op.k_steps, [&](int row, int column, bool active) {
-    float* at = op.x + row * op.k_steps * 16 + column;
-    const int splits = active && column < op.columns ? Splits(op.partials, column) : 0;
-    float4 x = LoadNew4(at, active);
-    const float4 w = LoadWeight4(op.next.weight + column, active);
-    const float4 bias = LoadWeight4(op.bias + column, active && op.bias != nullptr);
-    RowFactor row_factor;
-    row_factor.Load(op.norm, row);
-    const int valid = min(4, op.columns - column);
-    Sum4<8> partials;
-    partials.Load(op.partials, row, column, active && valid > 0);
-    const float f = row_factor.Finish(op.norm, row);
-    while (partials.Unsent(splits, valid)) partials.Load(op.partials, row, column, true);
-    const float4 sum = partials.Finish(op.partials, row, column, splits, valid);
-    x = make_float4(fmaf(f, sum.x, x.x) + bias.x, fmaf(f, sum.y, x.y) + bias.y,
-                    fmaf(f, sum.z, x.z) + bias.z, fmaf(f, sum.w, x.w) + bias.w);
-    StoreNew4(at, x, active);
-    WriteNormInput<T>(op.next, bucket_rows, Granules(op.k_steps), active, row, column, x, w);
-  });
+  // Sums are looked for when the block's own are sent: not earlier, for that is in the way of those
+  // who multiply.
+  bool multiplied = all_multiply;
+  const auto await_multiplied = [&] {
+    if (!multiplied) SyncWarps<kMultipliedBarrier, kConsumers>();
+    multiplied = true;
+  };
+  ForGranules(
+      nodes.rows, op.k_steps,
+      [&](int row, int column, bool active) {
+        float* at = op.x + row * op.k_steps * 16 + column;
+        const int splits = active && column < op.columns ? Splits(op.partials, column) : 0;
+        float4 x = LoadNew4(at, active);
+        const float4 w = LoadWeight4(op.next.weight + column, active);
+        const float4 bias = LoadWeight4(op.bias + column, active && op.bias != nullptr);
+        const float f = RowFactor::Of<SendsActs(kBucketRows)>(op.norm, row);
+        const int valid = min(4, op.columns - column);
+        await_multiplied();
+        Sum4<8> partials;
+        partials.Load(op.partials, row, column, active && valid > 0);
+        while (partials.Unsent(splits, valid)) partials.Load(op.partials, row, column, true);
+        const float4 sum = partials.Finish(op.partials, row, column, splits, valid);
+        x = make_float4(fmaf(f, sum.x, x.x) + bias.x, fmaf(f, sum.y, x.y) + bias.y,
+                        fmaf(f, sum.z, x.z) + bias.z, fmaf(f, sum.w, x.w) + bias.w);
+        StoreNew4(at, x, active);
+        WriteNormInput<T>(op.next, kBucketRows, Granules(op.k_steps), active, row, column, x, w);
+      },
+      first_warp);
+  await_multiplied();
 }
 
 __device__ inline float Activate(int activation, float x) {
