@@ -471,6 +471,44 @@ __device__ __forceinline__ void AddPrefix(const ScanOp& op, const PassNodes& nod
   }
 }
 
+// Whether few enough rows' scores, of those that are not weighted where they are made, are there
+// before x and z, so that who has made them has time to weight them.
+CANOPY_HOST_DEVICE constexpr bool WeightsEarly(int row_tiles) { return row_tiles == 4; }
+
+// Makes weights of what were scores so far, by thread `thread` of `threads`.
+template <typename T, int kRowTiles>
+__device__ __forceinline__ void WeightScores(const ScanOp& op, const PassNodes& nodes, char* work,
+                                             const ScanTile& tile, int thread, int threads) {
+  constexpr int kRows = 8 * kRowTiles;
+  const int rows = nodes.rows, prefix = nodes.prefix;
+  const int new_rows = kRing + nodes.first_pending;
+  const ScanLayout<T> layout(kRows, op.padded_d_state, op.sent_columns, op.tile_groups * kGroup);
+  float* weights = reinterpret_cast<float*>(work + layout.weights);
+  const float* boundary = reinterpret_cast<const float*>(work + layout.boundary);
+  const float* decay = reinterpret_cast<const float*>(work + layout.decay);
+  // Positions from a node's checkpoint to the node.
+  const int most = min(kRing, nodes.deepest - nodes.first_checkpoint + 1);
+#pragma unroll 1
+  for (int item = thread; item < rows * most; item += threads) {
+    const int row = RowOfItem(item, most), k = item - row * most;
+    const int start = nodes.checkpoint[row], position = start + k, t = nodes.position[row];
+    if (position > t) continue;
+    const int j = position < prefix ? position % kRing : kRing + nodes.path[row][position - prefix];
+    float* to = weights + row * kWeightStride + k;
+    const float score = *to;
+#pragma unroll
+    for (int h = 0; h < kMostTileHeads; ++h) {
+      if (h >= tile.heads) continue;
+      const float* decays = decay + h * kDecays;
+      const float node_decay = decays[new_rows + row];
+      const float exponent = position < t / kSegment * kSegment
+                                 ? (boundary[h * kRows + row] - decays[j]) + node_decay
+                                 : node_decay - decays[j];
+      to[h * kRows * kWeightStride] = score * expf(exponent);
+    }
+  }
+}
+
 // Two rows of a first operand's halves of S in a block of 32 states, by step and half.
 struct StateBlock {
   float4 v[2][2];
@@ -839,6 +877,9 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   if (kFew) {
     SyncWarps<kAllBarrier, kEarly>();
     AddPrefix<T, kRowTiles>(op, nodes, work, tile, tid, kEarly);
+  } else if (WeightsEarly(kRowTiles)) {
+    SyncWarps<kAllBarrier, kEarly>();
+    WeightScores<T, kRowTiles>(op, nodes, work, tile, tid, kEarly);
   }
 }
 
@@ -936,29 +977,8 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
     u.Store(store.u + (new_rows + row) * width + column);
     inputs[0].Store(store.conv + ((op.taps + nodes.first_pending + row) * op.channels + column));
   }
-  if constexpr (kRowTiles > 2) {
-    // Weights of what were scores so far.
-    const float* boundary = reinterpret_cast<const float*>(work + layout.boundary);
-#pragma unroll 1
-    for (int item = tid; item < rows * kRing; item += kConsumers) {
-      const int row = item / kRing, k = item % kRing;
-      const int start = nodes.checkpoint[row], position = start + k, t = nodes.position[row];
-      if (position > t) continue;
-      const int j =
-          position < prefix ? position % kRing : kRing + nodes.path[row][position - prefix];
-      float* to = weights + row * kWeightStride + k;
-      const float score = *to;
-#pragma unroll
-      for (int h = 0; h < kMostTileHeads; ++h) {
-        if (h >= tile.heads) continue;
-        const float* decays = decay + h * kDecays;
-        const float node_decay = decays[new_rows + row];
-        const float exponent = position < t / kSegment * kSegment
-                                   ? (boundary[h * kRows + row] - decays[j]) + node_decay
-                                   : node_decay - decays[j];
-        to[h * kRows * kWeightStride] = score * expf(exponent);
-      }
-    }
+  if constexpr (kRowTiles > 2 && !WeightsEarly(kRowTiles)) {
+    WeightScores<T, kRowTiles>(op, nodes, work, tile, tid, kConsumers);
   }
 #pragma unroll 1
   for (int i = tid; i < nodes.first_pending * tile.channels(); i += kConsumers) {

@@ -236,13 +236,13 @@ __device__ inline void WriteNormInput(const NormInput& next, int bucket_rows, in
 }
 
 // Calls task(row, column, active) for every granule of every row, over the whole grid: a warp a
-// granule, four columns a lane, active where they are there.
+// granule, four columns a lane, active where they are there. Warps from `first_warp` on come first.
 template <typename F>
 __device__ inline void ForGranules(int rows, int k_steps, const F& task, int first_warp = 0) {
   const int granules = Granules(k_steps), total = rows * granules;
+  const int warp = (threadIdx.x / 32 + kConsumerWarps - first_warp) % kConsumerWarps;
 #pragma unroll 1
-  for (int i = blockIdx.x + (threadIdx.x / 32 - first_warp) * gridDim.x; i < total;
-       i += (kConsumerWarps - first_warp) * gridDim.x) {
+  for (int i = blockIdx.x + warp * gridDim.x; i < total; i += kConsumerWarps * gridDim.x) {
     const int row = i / granules;
     const int column = (i - row * granules) * kGranule + threadIdx.x % 32 * 4;
     task(row, column, column < k_steps * 16);
@@ -275,16 +275,12 @@ template <typename T, int kBucketRows>
 __device__ __forceinline__ void Residual(const ResidualOp& shared_op, int product_units,
                                          const PassNodes& nodes) {
   constexpr int kMultipliedBarrier = 8;
-  const bool all_multiply = product_units == kMostTileUnits;
-  const int first_warp = all_multiply ? 0 : product_units * 4;
-  if (static_cast<int>(threadIdx.x) < first_warp * 32) {
-    ArriveWarps<kMultipliedBarrier, kConsumers>();
-    return;
-  }
-  const ResidualOp op = shared_op;
+  const int first_warp = product_units == kMostTileUnits ? 0 : product_units * 4;
   // Sums are looked for when the block's own are sent: not earlier, for that is in the way of those
   // who multiply.
-  bool multiplied = all_multiply;
+  bool multiplied = first_warp == 0 || static_cast<int>(threadIdx.x) < first_warp * 32;
+  if (multiplied && first_warp > 0) ArriveWarps<kMultipliedBarrier, kConsumers>();
+  const ResidualOp op = shared_op;
   const auto await_multiplied = [&] {
     if (!multiplied) SyncWarps<kMultipliedBarrier, kConsumers>();
     multiplied = true;
