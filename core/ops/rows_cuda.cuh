@@ -181,6 +181,7 @@ struct Sum4 {
     for (int k = 0; k < kAhead; ++k) unsent |= k < splits && Unsent(v[k], valid);
     return unsent;
   }
+  // Unsend is to follow, when what is made of the sum is on its way.
   __device__ float4 Finish(const Partials& p, int row, int column, int splits, int valid) const {
     float* at = p.data + (row * p.ld + column);
     float4 sum = v[0];
@@ -191,8 +192,6 @@ struct Sum4 {
     for (int k = 1; k < kAhead; ++k) {
       if (k < splits) add(v[k]);
     }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) Unsend4(at + k * p.split_stride, k < splits);
 #pragma unroll 1
     for (int k = kAhead; k < splits; ++k) {
       float4 next;
@@ -207,6 +206,12 @@ struct Sum4 {
                         valid > 2 ? sum.z : 0.0f, 0.0f);
     }
     return sum;
+  }
+  // Makes the place ready for the next sums.
+  __device__ static void Unsend(const Partials& p, int row, int column, int splits) {
+    float* at = p.data + (row * p.ld + column);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) Unsend4(at + k * p.split_stride, k < splits);
   }
 };
 
@@ -227,11 +232,11 @@ __device__ inline void SendAct4(void* act, int bucket_rows, int row, int column,
 template <typename T>
 __device__ inline void WriteNormInput(const NormInput& next, int bucket_rows, int granules,
                                       bool active, int row, int column, float4 x, float4 w) {
-  const float squares = WarpSum(fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, x.x * x.x))));
   if (active) {
     SendAct4<T>(next.act, bucket_rows, row, column,
                 make_float4(x.x * w.x, x.y * w.y, x.z * w.z, x.w * w.w));
   }
+  const float squares = WarpSum(fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, x.x * x.x))));
   Send(next.squares + row * granules + column / kGranule, squares, column % kGranule == 0);
 }
 
@@ -302,8 +307,9 @@ __device__ __forceinline__ void Residual(const ResidualOp& shared_op, int produc
         const float4 sum = partials.Finish(op.partials, row, column, splits, valid);
         x = make_float4(fmaf(f, sum.x, x.x) + bias.x, fmaf(f, sum.y, x.y) + bias.y,
                         fmaf(f, sum.z, x.z) + bias.z, fmaf(f, sum.w, x.w) + bias.w);
-        StoreNew4(at, x, active);
         WriteNormInput<T>(op.next, kBucketRows, Granules(op.k_steps), active, row, column, x, w);
+        partials.Unsend(op.partials, row, column, splits);
+        StoreNew4(at, x, active);
       },
       first_warp);
   await_multiplied();
@@ -346,6 +352,8 @@ __device__ __forceinline__ void Gated(const GatedOp& shared_op, const PassNodes&
       } while (gates.Unsent(gate_splits, 4) || ups.Unsent(up_splits, 4));
       gate = gates.Finish(op.partials, row, column, gate_splits, 4);
       up = ups.Finish(op.partials, row, up_column, up_splits, 4);
+      gates.Unsend(op.partials, row, column, gate_splits);
+      ups.Unsend(op.partials, row, up_column, up_splits);
     } else {
 #pragma unroll 1
       for (int i = 0; i < min(4, op.columns - column); ++i) {
