@@ -158,6 +158,7 @@ __device__ __forceinline__ void AttentionInputs(const AttentionOp& op, const Pas
         const float bias = LoadWeight(op.bias + first + d, op.bias != nullptr);
         const float value =
             fmaf(factor, FinishOne(sums[k], op.partials, row, first + d, splits[k]), bias);
+        sums[k].Unsend(op.partials, row, first + d, splits[k]);
         head_values[d] = value;
         squares = fmaf(value, value, squares);
       }

@@ -240,7 +240,6 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
   }
   __syncwarp();
   SyncWarps<kBarrier, kThreads>();
-  if (!in_conv) return;
   const bool is_c = column >= states;
   const int state = is_c ? column - states : column;
   const int group = op.groups == 1 ? 0 : state / op.d_state, n = state - group * op.d_state;
@@ -249,7 +248,7 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
   const int count = n + 1 < op.d_state ? 1 : op.padded_d_state - n;
   float* conv = store.conv + (width + column);
 #pragma unroll 1
-  for (int row = first_row; row < rows; row += step) {
+  for (int row = first_row; in_conv && row < rows; row += step) {
     float sum = own_bias;
 #pragma unroll
     for (int m = kMaxTaps; m > 0; --m) {
@@ -270,6 +269,10 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
     for (int i = 1; i < count; ++i) SendElement(to + i, FromFloat<T>(0.0f));
     if (!is_c) store.b[(kRing + nodes.first_pending + row) * b_width + at] = y;
     conv[(op.taps + nodes.first_pending + row) * op.channels] = value;
+  }
+#pragma unroll 1
+  for (int row = first_row; active && row < rows; row += step) {
+    SumVector<1, kMostEarlySplits>::Unsend(op.partials, row, column, splits);
   }
 }
 
@@ -911,6 +914,20 @@ __device__ __forceinline__ void KeepTile(const ScanOp& op, int rows, const float
   }
 }
 
+// Of a row: squares [kMostGroups].
+__device__ inline void SendSquares(const ScanOp& op, const ScanTile& tile, const float* squares,
+                                   int row) {
+  float* to = op.squares + row * op.norm_groups * op.square_parts;
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int g = 0; g < tile.groups; ++g) {
+    sum += squares[g];
+    const bool last = g + 1 == tile.groups || tile.square[g + 1] != tile.square[g];
+    Send(to + tile.square[g], sum, last);
+    if (last) sum = 0.0f;
+  }
+}
+
 // The rest, by all computing threads, once that is done and ScanEarly.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& nodes,
@@ -934,7 +951,6 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
   const float* skips = reinterpret_cast<const float*>(work + layout.packed +
                                                       ScanPacked(op.sent_columns, channels).skip);
   const int rows = nodes.rows, prefix = nodes.prefix, width = op.heads * op.padded_head;
-  const int new_rows = kRing + nodes.first_pending;
 
   // Convolution along ancestors, and u.
   const int each = channels / kVec;
@@ -942,7 +958,6 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
   for (int item = tid; item < rows * each; item += kConsumers) {
     const int row = RowOfItem(item, each), dim = (item - row * each) * kVec;
     if (dim >= tile.channels()) continue;
-    const int column = tile.column() + dim;
     Vector<kVec> sum = Vector<kVec>::Load(conv + kConvBias * channels + dim);
     Vector<kVec> inputs[kMaxTaps + 1];
 #pragma unroll
@@ -952,7 +967,7 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
       const float* from = conv + (earlier < 0 ? kZeroRow : kInputRow + earlier) * channels;
       if (tap >= 0) from = raw + tap * stride;
       if (earlier >= op.taps) {
-        inputs[m] = Vector<kVec>::LoadNew(store.conv + (earlier * op.channels + column));
+        inputs[m] = Vector<kVec>::LoadNew(store.conv + (earlier * op.channels + tile.column() + dim));
       } else {
         inputs[m] = Vector<kVec>::Load(from + dim);
       }
@@ -974,8 +989,6 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
     }
     x.Store(xs + row * stride + dim);
     u.Store(pending_u + (nodes.first_pending + row) * channels + dim);
-    u.Store(store.u + (new_rows + row) * width + column);
-    inputs[0].Store(store.conv + ((op.taps + nodes.first_pending + row) * op.channels + column));
   }
   if constexpr (kRowTiles > 2 && !WeightsEarly(kRowTiles)) {
     WeightScores<T, kRowTiles>(op, nodes, work, tile, tid, kConsumers);
@@ -1059,16 +1072,97 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
     }
   }
   SyncThreads<kConsumers>();
-  if (tid < rows) {
-    float* to = op.squares + tid * op.norm_groups * op.square_parts;
-    float sum = 0.0f;
+  if (tid < rows) SendSquares(op, tile, squares + tid * kMostGroups, tid);
+  // For later passes, when what others wait for is on its way.
 #pragma unroll 1
-    for (int g = 0; g < tile.groups; ++g) {
-      sum += squares[tid * kMostGroups + g];
-      const bool last = g + 1 == tile.groups || tile.square[g + 1] != tile.square[g];
-      Send(to + tile.square[g], sum, last);
-      if (last) sum = 0.0f;
+  for (int item = tid; item < rows * each; item += kConsumers) {
+    const int row = RowOfItem(item, each), dim = (item - row * each) * kVec;
+    if (dim >= tile.channels()) continue;
+    const int column = tile.column() + dim, pending = nodes.first_pending + row;
+    Vector<kVec>::Load(pending_u + pending * channels + dim)
+        .Store(store.u + (kRing + pending) * width + column);
+    Vector<kVec>::Load(raw + row * stride + dim)
+        .Store(store.conv + (op.taps + pending) * op.channels + column);
+  }
+}
+
+// KeepTile and ScanLate of a single node, whose ancestors' channels are all there: by the warps that
+// have x and z, from their registers. await_early() returns when ScanEarly is done; then the warps
+// of the product synchronise by sync().
+template <typename T, typename AwaitEarly, typename Sync>
+__device__ __forceinline__ void ScanOne(const ScanOp& op, const PassNodes& nodes,
+                                        const LayerStore<T>& store, const float* factors,
+                                        char* work, const float (&sums)[1][4],
+                                        const AwaitEarly& await_early, const Sync& sync) {
+  constexpr int kRows = 8;
+  const int group = threadIdx.x / 32, lane = threadIdx.x % 32, in_group = lane / 4;
+  const int channels = op.tile_groups * kGroup, dim = group * kGroup + in_group;
+  const ScanLayout<T> layout(kRows, op.padded_d_state, op.sent_columns, channels);
+  const ScanTile& tile = *reinterpret_cast<const ScanTile*>(work + layout.packed);
+  const bool has_group = group < tile.groups;
+  const bool active = has_group && lane % 4 == 0;
+  const float* rows = reinterpret_cast<const float*>(work + layout.conv) + dim;
+  const float* skips = reinterpret_cast<const float*>(work + layout.packed +
+                                                      ScanPacked(op.sent_columns, channels).skip);
+  float* squares = reinterpret_cast<float*>(work + layout.squares);
+  const int column = tile.column() + dim, width = op.heads * op.padded_head;
+  float raw = 0.0f, gate = 0.0f, x = 0.0f;
+  if (active) {
+    float sum = rows[kConvBias * channels];
+#pragma unroll
+    for (int m = kMaxTaps; m > 0; --m) {
+      if (m > op.taps) continue;
+      const int earlier = -2 - nodes.taps[0][m - 1];
+      const float input = earlier >= op.taps
+                              ? LoadNew(store.conv + (earlier * op.channels + column))
+                              : rows[(earlier < 0 ? kZeroRow : kInputRow + earlier) * channels];
+      sum = fmaf(rows[m * channels], input, sum);
     }
+    raw = fmaf(factors[0], sums[0][0], rows[kXBias * channels]);
+    gate = Silu(fmaf(factors[0], sums[0][2], rows[kZBias * channels]));
+    x = Silu(fmaf(rows[0], raw, sum));
+  }
+  await_early();
+  float square = 0.0f, u = 0.0f;
+  if (active) {
+    const int h = group >= tile.first_head_groups ? 1 : 0;
+    const int dims = tile.dims[group], place = tile.place[group];
+    const float* weights = reinterpret_cast<const float*>(work + layout.weights) +
+                           (h * kRows * kWeightStride + nodes.prefix - nodes.checkpoint[0]);
+    const int last = nodes.position[0] - nodes.prefix;
+    u = reinterpret_cast<const float*>(work + layout.dt)[h * kRows] * (in_group < dims ? x : 0.0f);
+    float y = reinterpret_cast<const float*>(work + layout.terms)[dim];
+#pragma unroll 1
+    for (int k = 0; k < last; ++k) {
+      y = fmaf(weights[k], LoadNew(store.u + ((kRing + nodes.path[0][k]) * width + column)), y);
+    }
+    y = fmaf(weights[last], u, y);
+    const float value = __fmul_rn(fmaf(skips[h * 2], x, y), gate);
+    if (in_group < dims) {
+      square = __fmul_rn(value, value);
+      SendElement(static_cast<T*>(op.act) + ActIndex<T>(kRows, 0, place + in_group),
+                  FromFloat<T>(__fmul_rn(value, rows[kNormRow * channels])));
+    }
+    if (in_group == 0) {
+#pragma unroll 1
+      for (int i = 0; i < tile.zeros[group]; ++i) {
+        SendElement(static_cast<T*>(op.act) + ActIndex<T>(kRows, 0, place + dims + i),
+                    FromFloat<T>(0.0f));
+      }
+    }
+  }
+  // The same tree as ScanLate's.
+#pragma unroll
+  for (int other = 1; other < kGroup; other *= 2) {
+    square = __fadd_rn(square, __shfl_xor_sync(0xffffffffu, square, other * 4));
+  }
+  if (has_group && lane == 0) squares[group] = square;
+  __syncwarp();
+  sync();
+  if (threadIdx.x == 0) SendSquares(op, tile, squares, 0);
+  if (active) {
+    store.u[(kRing + nodes.first_pending) * width + column] = u;
+    store.conv[(op.taps + nodes.first_pending) * op.channels + column] = raw;
   }
 }
 
@@ -1090,9 +1184,16 @@ __device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const
     ConsumeMatmul<T, kRowTiles, /*kOwn=*/true>(in, nodes.rows, ring, place, next_place, nullptr,
                                                sums);
     BarrierWait(factored, op.number & 1);
+    const auto sync_product = [&] { SyncWarps<kProductBarrier>(units * 128); };
+    if constexpr (kRowTiles == 1) {
+      if (has_tile && nodes.rows == 1) {
+        ScanOne<T>(
+            op, nodes, store, factors, work, sums, [] { SyncThreads<kConsumers>(); }, sync_product);
+        return;
+      }
+    }
     if (has_tile) {
-      // The product's activations are used up.
-      SyncWarps<kProductBarrier>(units * 128);
+      sync_product();  // the product's activations are used up
       KeepTile<T, kRowTiles>(op, nodes.rows, factors, work, sums);
     }
   }
@@ -1102,6 +1203,7 @@ __device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const
   }
   if (!has_tile) return;
   SyncThreads<kConsumers>();
+  if (kRowTiles == 1 && nodes.rows == 1) return;
   ScanLate<T, kRowTiles>(op, nodes, store, work);
 }
 

@@ -652,6 +652,16 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
   const bool grouped = !kOwn && op.norm.groups > 1;
   float totals[kRowTiles][4] = {};  // of norm groups that are complete
   PartInfo part = {};
+  float* out = nullptr;  // where the lane's sums go, and how many outputs are there from that one on
+  int outputs = 0;
+  const int ld = op.ld;
+  // Before the multiplying, for afterwards others wait for the sums, if there are registers for it.
+  constexpr bool kPlacesFirst = kRowTiles < 8;
+  const auto place_sums = [&] {
+    const int column = part.column + warp * 16 + lane / 4;
+    outputs = (part.column < op.late_column ? op.early_columns : op.columns) - column;
+    out = op.out + (part.split * op.split_stride + column) + lane % 4 * 2 * ld;
+  };
   int left = 0, acts_left = 0, most = 0, blocks = 0, unit = 0;
   bool end = false;
   while (!end) {
@@ -668,6 +678,7 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
       // A group of warps whose unit the tile does not have computes nothing of use.
       unit = min(group, (blocks - 1) / kUnitBlocks);
       acts_left = 0;
+      if (kPlacesFirst) place_sums();
     }
     const T* weights = reinterpret_cast<const T*>(ring.weights() + unit * kUnitBytes<T>);
     int in_slot = min(left, most);
@@ -707,9 +718,7 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
       }
     }
     if (!part.last) continue;
-    const int columns = part.column < op.late_column ? op.early_columns : op.columns;
-    const int column = part.column + warp * 16 + lane / 4;
-    float* out = op.out + (part.split * op.split_stride + column) + lane % 4 * 2 * op.ld;
+    if (!kPlacesFirst) place_sums();
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
       if (n * 8 >= rows) break;
@@ -717,10 +726,10 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
       for (int c = 0; c < 2; ++c) {
         const bool there = n * 8 + lane % 4 * 2 + c < rows;
         const float factor = with_norm && !grouped ? group_factors[n * 8 + c] : 1.0f;
-        float* to = out + (n * 8 + c) * op.ld;
-        Send(to, grouped ? totals[n][c] : factor * sums[n][c], there && column < columns);
+        float* to = out + (n * 8 + c) * ld;
+        Send(to, grouped ? totals[n][c] : factor * sums[n][c], there && outputs > 0);
         Send(to + 8, grouped ? totals[n][2 + c] : factor * sums[n][2 + c],
-             there && column + 8 < columns);
+             there && outputs > 8);
       }
     }
   }

@@ -95,13 +95,14 @@ struct SumVector {
       Unsend4(at, there);
     } else {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) Unsend(at + i, there);
+      for (int i = 0; i < kCount; ++i) ::canopy::cuda::Unsend(at + i, there);
     }
   }
-  __device__ static bool Unsent(const float (&v)[kCount]) {
+  // Whether one of the first `valid` is not there.
+  __device__ static bool Unsent(const float (&v)[kCount], int valid) {
     bool unsent = false;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) unsent |= IsUnsent(v[i]);
+    for (int i = 0; i < kCount; ++i) unsent |= i < valid && IsUnsent(v[i]);
     return unsent;
   }
 
@@ -112,34 +113,42 @@ struct SumVector {
     for (int k = 0; k < kAhead; ++k) LoadAt(v[k], at + k * p.split_stride, k < most);
   }
   // Whether one of the first `splits` is not there: then Load is to be called again.
-  __device__ bool Unsent(int splits) const {
+  __device__ bool Unsent(int splits, int valid = kCount) const {
     bool unsent = false;
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) unsent |= k < splits && Unsent(v[k]);
+    for (int k = 0; k < kAhead; ++k) unsent |= k < splits && Unsent(v[k], valid);
     return unsent;
   }
-  // Also makes the place ready for the next sums.
-  __device__ void Finish(const Partials& p, int row, int column, int splits,
-                         float (&sum)[kCount]) const {
-    float* at = p.data + (row * p.ld + column);
+  // The sums, 0 behind the first `valid`. Unsend is to follow, when what is made of them is on its
+  // way.
+  __device__ void Finish(const Partials& p, int row, int column, int splits, float (&sum)[kCount],
+                         int valid = kCount) const {
+    const float* at = p.data + (row * p.ld + column);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       sum[i] = v[0][i];
 #pragma unroll
       for (int k = 1; k < kAhead; ++k) sum[i] = k < splits ? sum[i] + v[k][i] : sum[i];
     }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) UnsendAt(at + k * p.split_stride, k < splits);
 #pragma unroll 1
     for (int k = kAhead; k < splits; ++k) {
       float next[kCount];
       do {
         LoadAt(next, at + k * p.split_stride, true);
-      } while (Unsent(next));
+      } while (Unsent(next, valid));
 #pragma unroll
       for (int i = 0; i < kCount; ++i) sum[i] += next[i];
-      UnsendAt(at + k * p.split_stride, true);
     }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum[i] = i < valid ? sum[i] : 0.0f;
+  }
+  // Makes the place ready for the next sums.
+  __device__ static void Unsend(const Partials& p, int row, int column, int splits) {
+    float* at = p.data + (row * p.ld + column);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) UnsendAt(at + k * p.split_stride, k < splits);
+#pragma unroll 1
+    for (int k = kAhead; k < splits; ++k) UnsendAt(at + k * p.split_stride, true);
   }
 };
 
@@ -157,63 +166,10 @@ __device__ inline float Sum(const Partials& p, int row, int column) {
   do {
     sum.Load(p, row, column, true);
   } while (sum.Unsent(splits));
-  return FinishOne(sum, p, row, column, splits);
+  const float value = FinishOne(sum, p, row, column, splits);
+  sum.Unsend(p, row, column, splits);
+  return value;
 }
-
-// Four columns, of which `valid` are there.
-template <int kAhead>
-struct Sum4 {
-  float4 v[kAhead];
-
-  __device__ void Load(const Partials& p, int row, int column, bool there) {
-    const float* at = p.data + (row * p.ld + column);
-    const int most = there ? p.most : 0;
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) v[k] = LoadSent4(at + k * p.split_stride, k < most);
-  }
-  __device__ static bool Unsent(const float4& v, int valid) {
-    return (valid > 0 && IsUnsent(v.x)) || (valid > 1 && IsUnsent(v.y)) ||
-           (valid > 2 && IsUnsent(v.z)) || (valid > 3 && IsUnsent(v.w));
-  }
-  __device__ bool Unsent(int splits, int valid) const {
-    bool unsent = false;
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) unsent |= k < splits && Unsent(v[k], valid);
-    return unsent;
-  }
-  // Unsend is to follow, when what is made of the sum is on its way.
-  __device__ float4 Finish(const Partials& p, int row, int column, int splits, int valid) const {
-    float* at = p.data + (row * p.ld + column);
-    float4 sum = v[0];
-    const auto add = [&](const float4& next) {
-      sum = make_float4(sum.x + next.x, sum.y + next.y, sum.z + next.z, sum.w + next.w);
-    };
-#pragma unroll
-    for (int k = 1; k < kAhead; ++k) {
-      if (k < splits) add(v[k]);
-    }
-#pragma unroll 1
-    for (int k = kAhead; k < splits; ++k) {
-      float4 next;
-      do {
-        next = LoadSent4(at + k * p.split_stride);
-      } while (Unsent(next, valid));
-      add(next);
-      Unsend4(at + k * p.split_stride);
-    }
-    if (valid < 4) {
-      sum = make_float4(valid > 0 ? sum.x : 0.0f, valid > 1 ? sum.y : 0.0f,
-                        valid > 2 ? sum.z : 0.0f, 0.0f);
-    }
-    return sum;
-  }
-  // Makes the place ready for the next sums.
-  __device__ static void Unsend(const Partials& p, int row, int column, int splits) {
-    float* at = p.data + (row * p.ld + column);
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) Unsend4(at + k * p.split_stride, k < splits);
-  }
-};
 
 // Columns column to column + 3 of an act, to the products that read it.
 template <typename T>
@@ -301,12 +257,13 @@ __device__ __forceinline__ void Residual(const ResidualOp& shared_op, int produc
         const float f = RowFactor::Of<SendsActs(kBucketRows)>(op.norm, row);
         const int valid = min(4, op.columns - column);
         await_multiplied();
-        Sum4<8> partials;
+        SumVector<4, 8> partials;
         partials.Load(op.partials, row, column, active && valid > 0);
         while (partials.Unsent(splits, valid)) partials.Load(op.partials, row, column, true);
-        const float4 sum = partials.Finish(op.partials, row, column, splits, valid);
-        x = make_float4(fmaf(f, sum.x, x.x) + bias.x, fmaf(f, sum.y, x.y) + bias.y,
-                        fmaf(f, sum.z, x.z) + bias.z, fmaf(f, sum.w, x.w) + bias.w);
+        float sum[4];
+        partials.Finish(op.partials, row, column, splits, sum, valid);
+        x = make_float4(fmaf(f, sum[0], x.x) + bias.x, fmaf(f, sum[1], x.y) + bias.y,
+                        fmaf(f, sum[2], x.z) + bias.z, fmaf(f, sum[3], x.w) + bias.w);
         WriteNormInput<T>(op.next, kBucketRows, Granules(op.k_steps), active, row, column, x, w);
         partials.Unsend(op.partials, row, column, splits);
         StoreNew4(at, x, active);
@@ -339,42 +296,41 @@ __device__ __forceinline__ void Gated(const GatedOp& shared_op, const PassNodes&
   const GatedOp op = shared_op;
   const bool vectors = op.columns % 4 == 0;
   ForGranules(nodes.rows, op.k_steps, [&](int row, int column, bool active) {
-    float4 gate = {0.0f, 0.0f, 0.0f, 0.0f}, up = gate;
+    float gate[4] = {}, up[4] = {};
     const int up_column = op.columns + column;
+    const bool in_vectors = vectors && column < op.columns;
+    const int gate_splits = in_vectors ? Splits(op.partials, column) : 0;
+    const int up_splits = in_vectors ? Splits(op.partials, up_column) : 0;
     if (vectors) {
-      const bool there = column < op.columns;
-      const int gate_splits = there ? Splits(op.partials, column) : 0;
-      const int up_splits = there ? Splits(op.partials, up_column) : 0;
-      Sum4<3> gates, ups;
+      SumVector<4> gates, ups;
       do {
-        gates.Load(op.partials, row, column, there);
-        ups.Load(op.partials, row, up_column, there);
-      } while (gates.Unsent(gate_splits, 4) || ups.Unsent(up_splits, 4));
-      gate = gates.Finish(op.partials, row, column, gate_splits, 4);
-      up = ups.Finish(op.partials, row, up_column, up_splits, 4);
-      gates.Unsend(op.partials, row, column, gate_splits);
-      ups.Unsend(op.partials, row, up_column, up_splits);
+        gates.Load(op.partials, row, column, in_vectors);
+        ups.Load(op.partials, row, up_column, in_vectors);
+      } while (gates.Unsent(gate_splits) || ups.Unsent(up_splits));
+      gates.Finish(op.partials, row, column, gate_splits, gate);
+      ups.Finish(op.partials, row, up_column, up_splits, up);
     } else {
-#pragma unroll 1
-      for (int i = 0; i < min(4, op.columns - column); ++i) {
-        const float g = Sum(op.partials, row, column + i);
-        const float u = Sum(op.partials, row, up_column + i);
-        if (i == 0) gate.x = g, up.x = u;
-        if (i == 1) gate.y = g, up.y = u;
-        if (i == 2) gate.z = g, up.z = u;
-        if (i == 3) gate.w = g, up.w = u;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (column + i >= op.columns) continue;
+        gate[i] = Sum(op.partials, row, column + i);
+        up[i] = Sum(op.partials, row, up_column + i);
       }
     }
     const float f = factors[row];
-    const auto value = [&](int i, float g, float u) {
+    float y[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
       const bool bias = op.bias != nullptr && column + i < op.columns;
       const float gate_bias = LoadWeight(op.bias + column + i, bias);
       const float up_bias = LoadWeight(op.bias + up_column + i, bias);
-      return Activate(op.activation, fmaf(f, g, gate_bias)) * fmaf(f, u, up_bias);
-    };
-    const float4 y = {value(0, gate.x, up.x), value(1, gate.y, up.y), value(2, gate.z, up.z),
-                      value(3, gate.w, up.w)};
-    if (active) SendAct4<T>(op.act, bucket_rows, row, column, y);
+      y[i] = Activate(op.activation, fmaf(f, gate[i], gate_bias)) * fmaf(f, up[i], up_bias);
+    }
+    if (active) {
+      SendAct4<T>(op.act, bucket_rows, row, column, make_float4(y[0], y[1], y[2], y[3]));
+    }
+    SumVector<4>::Unsend(op.partials, row, column, gate_splits);
+    SumVector<4>::Unsend(op.partials, row, up_column, up_splits);
   });
 }
 
