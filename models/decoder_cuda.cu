@@ -1059,8 +1059,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       op.barrier = !sends_acts;
       float* const sums = next_sums();
       op.sum.out = product(matrix, act, sums, product_norm);
-      op.sum.residual = {matrix.Sums(sums), norm,          bias,            at.x,
-                         hidden,            hidden_steps_, next_input(next)};
+      op.sum.residual = {matrix.Sums(sums), norm, bias, at.x, hidden, hidden_steps_,
+                         next_input(next)};
       ops.push_back(op);
     };
     T* const hidden_act = hidden_acts[hidden_place];
@@ -1111,8 +1111,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
               ? at.sent_squares + size_t{1} * next_place(&squares_place, kActPlaces) * squares
               : at.scan_squares;
       scan.sent = at.scan_sent[other_sent = 1 - other_sent];
-      for (const void* data : {scan.act, static_cast<void*>(scan.squares),
-                               static_cast<void*>(scan.sent)}) {
+      for (const void* data :
+           {scan.act, static_cast<void*>(scan.squares), static_cast<void*>(scan.sent)}) {
         sends(data);
       }
       op.norm = hidden_norm(block.norm.eps, ops.size() + layer.in.size() - 1);

@@ -118,10 +118,9 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
         break;
       case OpKind::kMatmul:
       case OpKind::kResidual:
-        ConsumeMatmul<T, kRowTiles>(*op.product(), first_acts, nodes.rows,
-                                    RingOf<T>(arguments, shared), signals.place,
-                                    &signals.next_place,
-                                    reinterpret_cast<float*>(work + kActRingBytes));
+        ConsumeMatmul<T, kRowTiles>(
+            *op.product(), first_acts, nodes.rows, RingOf<T>(arguments, shared), signals.place,
+            &signals.next_place, reinterpret_cast<float*>(work + kActRingBytes));
         if (op.kind == OpKind::kResidual) {
           Residual<T, kBucket>(op.sum.residual, op.sum.out.TileUnits(), nodes);
         }

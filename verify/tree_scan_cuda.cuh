@@ -952,6 +952,14 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
                                                       ScanPacked(op.sent_columns, channels).skip);
   const int rows = nodes.rows, prefix = nodes.prefix, width = op.heads * op.padded_head;
 
+  // For later passes: when what others wait for is on its way, unless a barrier is behind it.
+  constexpr bool kStoresLast = SendsActs(kRows);
+  const auto store_node = [&](int row, int dim, const Vector<kVec>& u, const Vector<kVec>& input) {
+    const int column = tile.column() + dim, pending = nodes.first_pending + row;
+    u.Store(store.u + (kRing + pending) * width + column);
+    input.Store(store.conv + (op.taps + pending) * op.channels + column);
+  };
+
   // Convolution along ancestors, and u.
   const int each = channels / kVec;
 #pragma unroll 1
@@ -967,7 +975,8 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
       const float* from = conv + (earlier < 0 ? kZeroRow : kInputRow + earlier) * channels;
       if (tap >= 0) from = raw + tap * stride;
       if (earlier >= op.taps) {
-        inputs[m] = Vector<kVec>::LoadNew(store.conv + (earlier * op.channels + tile.column() + dim));
+        inputs[m] =
+            Vector<kVec>::LoadNew(store.conv + (earlier * op.channels + tile.column() + dim));
       } else {
         inputs[m] = Vector<kVec>::Load(from + dim);
       }
@@ -989,6 +998,7 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
     }
     x.Store(xs + row * stride + dim);
     u.Store(pending_u + (nodes.first_pending + row) * channels + dim);
+    if (!kStoresLast) store_node(row, dim, u, inputs[0]);
   }
   if constexpr (kRowTiles > 2 && !WeightsEarly(kRowTiles)) {
     WeightScores<T, kRowTiles>(op, nodes, work, tile, tid, kConsumers);
@@ -1073,22 +1083,19 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
   }
   SyncThreads<kConsumers>();
   if (tid < rows) SendSquares(op, tile, squares + tid * kMostGroups, tid);
-  // For later passes, when what others wait for is on its way.
 #pragma unroll 1
-  for (int item = tid; item < rows * each; item += kConsumers) {
+  for (int item = tid; kStoresLast && item < rows * each; item += kConsumers) {
     const int row = RowOfItem(item, each), dim = (item - row * each) * kVec;
     if (dim >= tile.channels()) continue;
-    const int column = tile.column() + dim, pending = nodes.first_pending + row;
-    Vector<kVec>::Load(pending_u + pending * channels + dim)
-        .Store(store.u + (kRing + pending) * width + column);
-    Vector<kVec>::Load(raw + row * stride + dim)
-        .Store(store.conv + (op.taps + pending) * op.channels + column);
+    store_node(row, dim,
+               Vector<kVec>::Load(pending_u + (nodes.first_pending + row) * channels + dim),
+               Vector<kVec>::Load(raw + row * stride + dim));
   }
 }
 
-// KeepTile and ScanLate of a single node, whose ancestors' channels are all there: by the warps that
-// have x and z, from their registers. await_early() returns when ScanEarly is done; then the warps
-// of the product synchronise by sync().
+// KeepTile and ScanLate of a single node, whose ancestors' channels are all there: by the warps
+// that have x and z, from their registers. await_early() returns when ScanEarly is done; then the
+// warps of the product synchronise by sync().
 template <typename T, typename AwaitEarly, typename Sync>
 __device__ __forceinline__ void ScanOne(const ScanOp& op, const PassNodes& nodes,
                                         const LayerStore<T>& store, const float* factors,

@@ -652,7 +652,8 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
   const bool grouped = !kOwn && op.norm.groups > 1;
   float totals[kRowTiles][4] = {};  // of norm groups that are complete
   PartInfo part = {};
-  float* out = nullptr;  // where the lane's sums go, and how many outputs are there from that one on
+  float* out =
+      nullptr;  // where the lane's sums go, and how many outputs are there from that one on
   int outputs = 0;
   const int ld = op.ld;
   // Before the multiplying, for afterwards others wait for the sums, if there are registers for it.
@@ -728,8 +729,7 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
         const float factor = with_norm && !grouped ? group_factors[n * 8 + c] : 1.0f;
         float* to = out + (n * 8 + c) * ld;
         Send(to, grouped ? totals[n][c] : factor * sums[n][c], there && outputs > 0);
-        Send(to + 8, grouped ? totals[n][2 + c] : factor * sums[n][2 + c],
-             there && outputs > 8);
+        Send(to + 8, grouped ? totals[n][2 + c] : factor * sums[n][2 + c], there && outputs > 8);
       }
     }
   }
