@@ -6,8 +6,13 @@ namespace canopy::cuda {
 
 // Warps that prepare operators.
 inline constexpr int kHelpers = 2;
+// Who tells the others of a block that its computing warps are done, a warp: the one that reads the
+// next operator's description.
+inline constexpr int kTellers = 32;
 
-// A barrier for each operator, of which two are used in turn: nobody is two operators ahead.
+// A barrier for each operator, of which two are used in turn: nobody is two operators ahead. Where
+// a warp arrives each of its lanes does, for itself: what a lane says for the others is right too,
+// but racecheck does not know it.
 struct Turns {
   uint64_t barriers[2];
 
@@ -85,11 +90,14 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
   // The operator moves to one place that never changes: else the compiler does not see that what it
   // says is the same for all threads, and serialises wgmma.
   const auto take_op = [&](int i) {
-    constexpr int kWords = Layout::kTurn / 4;
-    static_assert(kWords <= kConsumers);
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(shared + Layout::TurnAt(i));
-    if (threadIdx.x < kWords) {
-      reinterpret_cast<uint32_t*>(shared + Layout::kOpAt)[threadIdx.x] = from[threadIdx.x];
+    AwaitHelp(signals.helped, i);
+    if (threadIdx.x < kTellers) {
+      static_assert(Layout::kTurn % sizeof(uint4) == 0);
+      const uint4* from = reinterpret_cast<const uint4*>(shared + Layout::TurnAt(i));
+#pragma unroll
+      for (int at = threadIdx.x; at < Layout::kTurn / 16; at += kTellers) {
+        reinterpret_cast<uint4*>(shared + Layout::kOpAt)[at] = from[at];
+      }
     }
     SyncThreads<kConsumers>();
   };
@@ -100,7 +108,6 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
                   commit.path, blockIdx.x + threadIdx.x / 32 * gridDim.x,
                   kConsumerWarps * gridDim.x);
   }
-  AwaitHelp(signals.helped, 0);
   take_op(0);
   for (int i = 0; i < arguments.op_count; ++i) {
     constexpr int kBucket = 8 * kRowTiles;
@@ -161,25 +168,20 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
     const bool all_blocks = op.barrier != 0;
     if (op.kind != OpKind::kMatmul) FenceProxyAsyncShared();
     SyncThreads<kConsumers>();
-    if (threadIdx.x == 0) {
-      signals.place = signals.next_place;
-      if (all_blocks) {
-        const Progress progress(arguments);
-        progress.Tell(op.counter);
-        progress.Await(op.counter, op.turn);
+    if (threadIdx.x < kTellers) {
+      if (threadIdx.x == 0) {
+        signals.place = signals.next_place;
+        if (all_blocks) {
+          const Progress progress(arguments);
+          progress.Tell(op.counter);
+          progress.Await(op.counter, op.turn);
+        }
+        if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
       }
+      __syncwarp();
       signals.finished.Arrive(i);
-      if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
-      if (all_blocks && i + 1 < arguments.op_count) AwaitHelp(signals.helped, i + 1);
     }
-    if (i + 1 < arguments.op_count) {
-      if (all_blocks) {
-        SyncThreads<kConsumers>();
-      } else {
-        AwaitHelp(signals.helped, i + 1);
-      }
-      take_op(i + 1);
-    }
+    if (i + 1 < arguments.op_count) take_op(i + 1);
   }
   // After the last operator's barrier.
   if (arguments.result != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
@@ -273,8 +275,8 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
       if (i == arguments.op_count) break;
       put(i + 1);
       __syncwarp();
+      signals.copied.Arrive(i);
       if (lane == 0) {
-        signals.copied.Arrive(i);
         if (turn > 0) progress.Await(counter, turn);
         signals.passed.Arrive(i);
       }
@@ -316,7 +318,7 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
       PrefetchScan<T>(op_at(i + 1).ssd.scan, nodes, store_of(i + 1));
     }
     __syncwarp();
-    if (lane == 0) signals.helped.Arrive(i);
+    signals.helped.Arrive(i);
     // While the operator before a scan multiplies, which needs none of that memory.
     if (helper == 1 && i >= 1 && is_scan(i + 1) && !scan) {
       signals.finished.Wait(i - 1);
@@ -346,11 +348,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       BarrierInit(&signals.acts_here[i], 1);
       BarrierInit(&signals.acts_empty[i], kConsumerWarps);
     }
-    signals.finished.Init(1);
-    signals.copied.Init(1);
+    signals.finished.Init(kTellers);
+    signals.copied.Init(32);
     signals.passed.Init(1);
     BarrierInit(&signals.factored, 1);
-    signals.helped.Init(kHelpers + 1);  // and who brings activations
+    signals.helped.Init(32 * kHelpers + 1);  // and who brings activations
     signals.place = signals.next_place = {};
     signals.began = DeviceClock();
     FenceBarrierInit();
