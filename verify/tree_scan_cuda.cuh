@@ -8,11 +8,15 @@
 // of B, C and dt to all, convolved and activated; then the log decays, scores C . B, the state term
 // S C, and the sum over the prefix's part of the path. With x and z come the convolution along
 // ancestors, the sum over the path's pending nodes, D skip, gate and the gated norm's weights.
-// Nobody waits for more than the numbers that he reads.
+// Nobody waits for more than the numbers that he reads. A single node's scan ends in the registers
+// in which the product leaves x and z.
 //
 // Products whose sum does not run over positions (C . B over the state, S C) are tensor core
 // products of operands that hold every f32 bit; the sum over a path is one chain of fused
 // multiply-adds in path order. The checkpoint is read once and nothing of it is written.
+//
+// What did not pay (docs/performance.md): tensor core products of several sums in turn, so that
+// none waits for the one before.
 //
 // Both products run over the state in blocks of 32, of which a lane l holds the eight from
 // 8 (l % 4) on, so that operands are vectors in memory. Checkpoints S are stored as halves of first

@@ -22,8 +22,10 @@
 // once, paced by the clock, or a little when the ring is full; the next product's weights held back
 // until the barrier; blocks of outputs by eight warps with mma.sync, whose sums did not fit the
 // registers at 64 rows; activations sent without a barrier for more than 16 rows; a pause between
-// looks for those that are sent; a tile's slots dealt to two groups of warps; a batch of wgmma
-// under way while the next is begun; other amounts of weights under way.
+// looks for those that are sent, or two of them under way; a tile's slots dealt to two groups of
+// warps; a batch of wgmma under way while the next is begun; other amounts of weights under way, in
+// larger or smaller pieces, or more of them while the ring is empty; smaller slots of activations
+// for 64 rows, or twice as many.
 
 #ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
 #define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
@@ -652,11 +654,11 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
   const bool grouped = !kOwn && op.norm.groups > 1;
   float totals[kRowTiles][4] = {};  // of norm groups that are complete
   PartInfo part = {};
-  float* out =
-      nullptr;  // where the lane's sums go, and how many outputs are there from that one on
+  // Where the lane's sums go, and how many outputs there are from that one on. Worked out before
+  // the multiplying, if there are registers for it, for afterwards others wait for the sums.
+  float* out = nullptr;
   int outputs = 0;
   const int ld = op.ld;
-  // Before the multiplying, for afterwards others wait for the sums, if there are registers for it.
   constexpr bool kPlacesFirst = kRowTiles < 8;
   const auto place_sums = [&] {
     const int column = part.column + warp * 16 + lane / 4;

@@ -1,5 +1,6 @@
 // What stands between products on the device, row by row: embedding, residual sums with the next
-// norm, gated activation, and the selection of the greatest logits.
+// norm, gated activation, and the selection of the greatest logits. Residual sums are made by warps
+// of the product's own operator. What others wait for is sent first, all else is done after that.
 //
 // A norm is split: its weights are multiplied in where a row is written, and the row's factor
 // 1 / rms where the product of that row is read. A warp takes 128 columns of a row (a granule).
@@ -29,8 +30,8 @@ struct EmbedOp {
   NormInput next;
 };
 
-// x += factor * partials + bias, of a product in the same operator: warps that have no unit of it
-// wait for the sums, of other columns and of all blocks.
+// x += factor * partials + bias. Of a product in the same operator: warps that have no unit of it
+// come first, and whoever sums waits for what all blocks send.
 struct ResidualOp {
   Partials partials;
   RowNorm norm;  // of the product's input, in one group
