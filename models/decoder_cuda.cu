@@ -293,7 +293,9 @@ class CudaDecoder final : public CudaModel {
     T* act_hidden[kBuckets];  // the first; then `acts` has the others, and those of act_mixed
     T* acts[kBuckets];
     float* partials[2];
-    float* scan_squares;  // that are not sent
+    // That are not sent. One place for all layers: a scan writes them when its in_proj is done, which
+    // needs sums that all products before it made with what they read here.
+    float* scan_squares;
     float* sent_squares;
     char* scan_sent[2];
     T* q;
@@ -1197,6 +1199,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
           ops[i - 1].kind == cuda::OpKind::kResidual || ops[i - 1].kind == cuda::OpKind::kScan);
     CHECK(i + 4 < ops.size() || ops[i].barrier != 0);
   }
+  CHECK(ops[0].barrier != 0);  // it makes ready what the next operator may send
   SetTurns(&ops, sends_acts);
   names->clear();
   shapes.resize(ops.size());
