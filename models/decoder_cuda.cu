@@ -293,8 +293,8 @@ class CudaDecoder final : public CudaModel {
     T* act_hidden[kBuckets];  // the first; then `acts` has the others, and those of act_mixed
     T* acts[kBuckets];
     float* partials[2];
-    // That are not sent. One place for all layers: a scan writes them when its in_proj is done, which
-    // needs sums that all products before it made with what they read here.
+    // That are not sent. One place for all layers: a scan writes them when its in_proj is done,
+    // which needs sums that all products before it made with what they read here.
     float* scan_squares;
     float* sent_squares;
     char* scan_sent[2];
