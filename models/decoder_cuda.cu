@@ -293,8 +293,9 @@ class CudaDecoder final : public CudaModel {
     T* act_hidden[kBuckets];  // the first; then `acts` has the others, and those of act_mixed
     T* acts[kBuckets];
     float* partials[2];
-    // That are not sent. One place for all layers: a scan writes them when its in_proj is done,
-    // which needs sums that all products before it made with what they read here.
+    // Of more than 16 rows or several norm groups, which are not sent, one place for all layers: a
+    // scan writes them when its in_proj is done, which needs sums that all products before it made
+    // with what they read here. Then those that are sent, kActPlaces.
     float* scan_squares;
     float* sent_squares;
     char* scan_sent[2];
@@ -1009,7 +1010,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     ops.push_back(op);
     return matrix.Sums(out);
   };
-  // The operator that comes next sends what it has made ready two operators before.
+  // What the next operator sends was made ready two operators before it or earlier.
   const auto sends = [&](const void* data) {
     for (const UsedUp& sent : used_up) CHECK(sent.data != data || sent.op + 2 <= ops.size());
   };
@@ -1172,7 +1173,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
                  stage,     at.select_values, at.select_tokens};
     ops.push_back(op);
   }
-  // As with the activations: what the last scan of the last pass sent.
+  // As with the activations, what the last pass left: of its last scan, and squares of any.
   if (HasSsd()) {
     used_up.push_back({0, at.scan_sent[other_sent], size_t{1} * rows * sent_bytes_});
     if (sends_acts) used_up.push_back({0, at.sent_squares, kActPlaces * squares * sizeof(float)});

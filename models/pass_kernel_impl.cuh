@@ -294,7 +294,7 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
         *reinterpret_cast<uint4*>(place(i) + Layout::kOp + Layout::kStore) =
             __ldg(reinterpret_cast<const uint4*>(op.product()->first_acts + blockIdx.x));
       }
-      // What a scan reads there may still be moved by a commit, behind the first one's barrier.
+      // Behind the first operator's barrier, for a commit moves rows that the scan reads.
       if (i == 1 && is_scan(1)) {
         signals.finished.Wait(0);
         stage(1);
