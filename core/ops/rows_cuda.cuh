@@ -239,8 +239,11 @@ __device__ __forceinline__ void Residual(const ResidualOp& shared_op, int produc
   constexpr int kMultipliedBarrier = 8;
   const int first_warp = product_units == kMostTileUnits ? 0 : product_units * 4;
   // Sums are looked for when the block's own are sent: not earlier, for that is in the way of those
-  // who multiply.
-  bool multiplied = first_warp == 0 || static_cast<int>(threadIdx.x) < first_warp * 32;
+  // who multiply. Who has none to make does not wait.
+  const int warp = static_cast<int>(threadIdx.x / 32) - first_warp;
+  const int granules = nodes.rows * Granules(shared_op.k_steps);
+  bool multiplied =
+      first_warp == 0 || warp < 0 || static_cast<int>(blockIdx.x + warp * gridDim.x) >= granules;
   if (multiplied && first_warp > 0) ArriveWarps<kMultipliedBarrier, kConsumers>();
   const ResidualOp op = shared_op;
   const auto await_multiplied = [&] {
@@ -270,7 +273,6 @@ __device__ __forceinline__ void Residual(const ResidualOp& shared_op, int produc
         StoreNew4(at, x, active);
       },
       first_warp);
-  await_multiplied();
 }
 
 __device__ inline float Activate(int activation, float x) {
