@@ -13,6 +13,9 @@ if(CANOPY_HAS_CUDA)
   target_compile_options(canopy_options INTERFACE
                          $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --diag-suppress=554>)
   target_link_libraries(canopy_options INTERFACE CUDA::cudart_static)
+  if(CANOPY_RACECHECK)
+    target_compile_definitions(canopy_options INTERFACE CANOPY_RACECHECK)
+  endif()
 endif()
 if(CANOPY_SANITIZE)
   # Undefined behaviour ends the program as an address error does, so that a test fails by it. Line

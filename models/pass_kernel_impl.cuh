@@ -9,6 +9,7 @@ inline constexpr int kHelpers = 2;
 // Who tells the others of a block that its computing warps are done, a warp: the one that reads the
 // next operator's description.
 inline constexpr int kTellers = 32;
+inline constexpr int kFinishedArrivals = kRacecheck ? kConsumers : kTellers;
 
 // A barrier for each operator, of which two are used in turn: nobody is two operators ahead. Where
 // a warp arrives each of its lanes does, for itself: what a lane says for the others is right too,
@@ -179,6 +180,10 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
         if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
       }
       __syncwarp();
+      if (!kRacecheck) signals.finished.Arrive(i);
+    }
+    if constexpr (kRacecheck) {
+      SyncThreads<kConsumers>();
       signals.finished.Arrive(i);
     }
     if (i + 1 < arguments.op_count) take_op(i + 1);
@@ -343,15 +348,15 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   static_assert(sizeof(Signals) <= Layout::kSignals);
   if (threadIdx.x == 0) {
     for (int i = 0; i < shape.slots * kPieces; ++i) BarrierInit(&signals.weights_here[i], 1);
-    for (int i = 0; i < shape.slots; ++i) BarrierInit(&signals.weights_empty[i], kConsumerWarps);
+    for (int i = 0; i < shape.slots; ++i) BarrierInit(&signals.weights_empty[i], kEmptyArrivals);
     for (int i = 0; i < kActSlots; ++i) {
-      BarrierInit(&signals.acts_here[i], 1);
-      BarrierInit(&signals.acts_empty[i], kConsumerWarps);
+      BarrierInit(&signals.acts_here[i], kActsArrivals);
+      BarrierInit(&signals.acts_empty[i], kEmptyArrivals);
     }
-    signals.finished.Init(kTellers);
+    signals.finished.Init(kFinishedArrivals);
     signals.copied.Init(32);
     signals.passed.Init(1);
-    BarrierInit(&signals.factored, 1);
+    BarrierInit(&signals.factored, kDones<kRowTiles>);
     signals.helped.Init(32 * kHelpers + 1);  // and who brings activations
     signals.place = signals.next_place = {};
     signals.began = DeviceClock();

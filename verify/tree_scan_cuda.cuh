@@ -560,6 +560,10 @@ __device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int w
   }
 }
 
+// How often done() of ScanEarly is called.
+template <int kRowTiles>
+inline constexpr int kDones = kRacecheck ? (kRowTiles <= 2 ? kEarly / 2 : kEarly) : 1;
+
 // What a tile's scan needs neither x nor z for. By the last kEarly computing threads, of which one
 // half makes the state term and the other log decays and scores; of few rows the other also makes
 // the rows' factors and sends B, C and dt, while the state is loaded. done() tells that factors are
@@ -599,7 +603,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   if (!kFew) {
     MakeFactors<kRowTiles>(norm, rows, tid / 32, kEarlyWarps, factors);
     SyncWarps<kAllBarrier, kEarly>();
-    if (tid == 0) done();
+    if (kRacecheck || tid == 0) done();
     if (sends) {
       SendColumns<T, kAllBarrier, kEarly>(op, nodes, store, factors, tid, sent_staged, sent_inputs,
                                           sent_raw);
@@ -712,7 +716,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
     if (kFew) {
       MakeFactors<kRowTiles>(norm, rows, warp, kHalfWarps, factors);
       SyncWarps<kScoreBarrier, kHalf>();
-      if (thread == 0) done();
+      if (kRacecheck || thread == 0) done();
       if (sends) {
         SendColumns<T, kScoreBarrier, kHalf>(op, nodes, store, factors, thread, sent_staged,
                                              sent_inputs, sent_raw);
@@ -1178,7 +1182,7 @@ __device__ __forceinline__ void ScanOne(const ScanOp& op, const PassNodes& nodes
 }
 
 // The operator: in_proj and all that comes before out_proj. norm: of in_proj's input, whose factors
-// go to shared memory; factored: a barrier for one arrival, used once by each scan.
+// go to shared memory; factored: a barrier for kDones arrivals, used once by each scan.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const RowNorm& norm,
                                      const PassNodes& nodes, const LayerStore<T>& store,

@@ -14,6 +14,16 @@ __device__ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Whether the code is for compute-sanitizer's racecheck (CANOPY_RACECHECK). Of who arrives at an
+// mbarrier the tool counts the thread's own accesses alone, not those of others that came before
+// them by another barrier. So in such code every thread arrives for itself where elsewhere one does
+// for a warp or for all.
+#ifdef CANOPY_RACECHECK
+inline constexpr bool kRacecheck = true;
+#else
+inline constexpr bool kRacecheck = false;
+#endif
+
 // Barriers in shared memory (mbarrier): phases with a parity, completed by arrivals and by bytes.
 __device__ inline void BarrierInit(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
@@ -53,6 +63,12 @@ __device__ inline void BarrierWait(uint64_t* barrier, uint32_t parity) {
   }
 }
 #undef CANOPY_TRY_WAIT
+
+// Arrives for the warp, which is to call it as a whole: kWarpArrivals times `arrivals`.
+inline constexpr int kWarpArrivals = kRacecheck ? 32 : 1;
+__device__ inline void BarrierArriveWarp(uint64_t* barrier, uint32_t arrivals) {
+  if (kRacecheck || threadIdx.x % 32 == 0) BarrierArrive(barrier, arrivals);
+}
 
 // What is read once a pass should not push out what is read again.
 __device__ inline uint64_t EvictFirst() {

@@ -298,6 +298,11 @@ struct RingPlace {
   uint32_t phase, act_phase;
 };
 
+// Arrivals at a slot's barriers: of who brings its activations, once they are there, and of warps
+// that have used it up.
+inline constexpr int kActsArrivals = kRacecheck ? kConsumers : 1;
+inline constexpr int kEmptyArrivals = kConsumerWarps * kWarpArrivals;
+
 // The slots and their barriers, as one of the three roles walks through them.
 struct Ring {
   char* slots;
@@ -383,6 +388,9 @@ __device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring,
         if (!waited) ready();
         waited = true;
         BarrierWait(&ring.acts_empty[ring.act_slot], ring.act_phase ^ 1);
+        if (kActsArrivals > 1 && LeadsStream()) {
+          BarrierArrive(&ring.acts_here[ring.act_slot], kActsArrivals - 1);
+        }
         StreamCopy(ring.acts(), from, bytes, &ring.acts_here[ring.act_slot], policy);
       }
       from += bytes;
@@ -629,7 +637,12 @@ __device__ __forceinline__ void AwaitActs(const MatmulOp& op, const FirstActs& f
     BeginMatmul<T, kRowTiles>(op, first_acts, rows, at.act_slot, ring.act_slots, factors);
     SyncThreads<kConsumers>();
   }
-  if (kSends && threadIdx.x < kActSlots && first_acts.steps[threadIdx.x] >= 0) {
+  if constexpr (kSends && kRacecheck) {
+    for (int s = 0; s < kActSlots; ++s) {
+      if (first_acts.steps[s] < 0) continue;
+      BarrierArrive(&ring.acts_here[(at.act_slot + s) % kActSlots], 1);
+    }
+  } else if (kSends && threadIdx.x < kActSlots && first_acts.steps[threadIdx.x] >= 0) {
     BarrierArrive(&ring.acts_here[(at.act_slot + threadIdx.x) % kActSlots], 1);
   }
 }
@@ -701,11 +714,11 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
       in_slot -= steps;
       acts_left -= steps;
       if (acts_left == 0 || left + in_slot == 0) {
-        if (lane == 0) BarrierArrive(&ring.acts_empty[ring.act_slot], arrivals);
+        BarrierArriveWarp(&ring.acts_empty[ring.act_slot], arrivals);
         ring.NextActs();
       }
     } while (in_slot > 0);
-    if (lane == 0) BarrierArrive(&ring.weights_empty[ring.slot], arrivals);
+    BarrierArriveWarp(&ring.weights_empty[ring.slot], arrivals);
     ring.NextWeights();
     if (left > 0) continue;
     end = uniform(int{part.end}) != 0;
