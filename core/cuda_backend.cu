@@ -54,7 +54,8 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(int device) {
   backend->name_ = properties.name;
   backend->capability_ = properties.major * 10 + properties.minor;
   backend->multiprocessors_ = properties.multiProcessorCount;
-  backend->shared_bytes_ = static_cast<int>(properties.sharedMemPerBlockOptin);
+  backend->shared_bytes_ =
+      static_cast<int>(properties.sharedMemPerBlockOptin) - cuda::kRacecheckShared;
   backend->cache_bytes_ = properties.l2CacheSize;
   const std::string what =
       absl::StrCat("device cuda:", device, " (", properties.name, ") has compute capability ",

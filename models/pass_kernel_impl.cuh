@@ -9,6 +9,7 @@ inline constexpr int kHelpers = 2;
 // Who tells the others of a block that its computing warps are done, a warp: the one that reads the
 // next operator's description.
 inline constexpr int kTellers = 32;
+// For racecheck all computing warps.
 inline constexpr int kFinishedArrivals = kRacecheck ? kConsumers : kTellers;
 
 // A barrier for each operator, of which two are used in turn: nobody is two operators ahead. Where
@@ -358,6 +359,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     signals.passed.Init(1);
     BarrierInit(&signals.factored, kDones<kRowTiles>);
     signals.helped.Init(32 * kHelpers + 1);  // and who brings activations
+    if constexpr (kRacecheck) {
+      // Threads of each, as those that use them say; of kProductBarrier arrivals.
+      const int threads[kWarpBarriers] = {1,          kConsumers, 1,          kEarly,    kEarly / 2,
+                                          kEarly / 2, kEarly,     kConsumers, kConsumers};
+      for (int i = 0; i < kWarpBarriers; ++i) BarrierInit(WarpBarriers() + i, threads[i]);
+    }
     signals.place = signals.next_place = {};
     signals.began = DeviceClock();
     FenceBarrierInit();

@@ -39,6 +39,21 @@ inline constexpr int kConsumers = 32 * kConsumerWarps;
 // And four warps that serve them; registers are given to groups of four.
 inline constexpr int kBlockThreads = kConsumers + 128;
 
+// Whether the code is for compute-sanitizer's racecheck (CANOPY_RACECHECK). Of who arrives at a
+// barrier in shared memory the tool counts the thread's own accesses alone, not those of others
+// that came before by another barrier. So in such code every thread arrives for itself where
+// elsewhere one does for a warp or for all.
+#ifdef CANOPY_RACECHECK
+inline constexpr bool kRacecheck = true;
+#else
+inline constexpr bool kRacecheck = false;
+#endif
+// Barriers of some warps, see SyncWarps, and what racecheck takes of a block's shared memory for
+// them.
+inline constexpr int kWarpBarriers = 9;
+inline constexpr int kRacecheckShared = kRacecheck ? 128 : 0;
+static_assert(!kRacecheck || kWarpBarriers * 8 <= kRacecheckShared);
+
 CANOPY_HOST_DEVICE constexpr int PadTo(int multiple, int n) {
   return (n + multiple - 1) / multiple * multiple;
 }

@@ -8,21 +8,13 @@
 
 #include <cstdint>
 
+#include "core/cuda/pass.h"
+
 namespace canopy::cuda {
 
 __device__ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
-
-// Whether the code is for compute-sanitizer's racecheck (CANOPY_RACECHECK). Of who arrives at an
-// mbarrier the tool counts the thread's own accesses alone, not those of others that came before
-// them by another barrier. So in such code every thread arrives for itself where elsewhere one does
-// for a warp or for all.
-#ifdef CANOPY_RACECHECK
-inline constexpr bool kRacecheck = true;
-#else
-inline constexpr bool kRacecheck = false;
-#endif
 
 // Barriers in shared memory (mbarrier): phases with a parity, completed by arrivals and by bytes.
 __device__ inline void BarrierInit(uint64_t* barrier, uint32_t arrivals) {
@@ -61,6 +53,25 @@ __device__ inline void BarrierWait(uint64_t* barrier, uint32_t parity) {
         : "r"(address), "r"(parity)
         : "memory");
   }
+}
+// Arrives, and waits for the others, by whole warps.
+__device__ inline void BarrierSync(uint64_t* barrier, uint32_t arrivals) {
+  const uint32_t address = SharedAddress(barrier);
+  if (arrivals > 1) BarrierArrive(barrier, arrivals - 1);
+  uint64_t phase;
+  asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1];" : "=l"(phase) : "r"(address) : "memory");
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n .reg .pred p;\n"
+        " mbarrier." CANOPY_TRY_WAIT
+        ".shared::cta.b64 p, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(address), "l"(phase)
+        : "memory");
+  }
+  __syncwarp();
 }
 #undef CANOPY_TRY_WAIT
 
@@ -299,19 +310,37 @@ template <int kRegisters>
 __device__ inline void LowerRegisters() {}
 #endif
 
-// A barrier of some warps of a block; 1 is that of the computing warps.
+// A barrier of some warps of a block; 1 is that of the computing warps. For racecheck, which now
+// and then misses that such a barrier orders accesses, a barrier in shared memory stands for each.
+__device__ inline uint64_t* WarpBarriers() {
+  __shared__ uint64_t barriers[kWarpBarriers];
+  return barriers;
+}
 template <int kBarrier, int kThreads>
 __device__ inline void SyncWarps() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+  if constexpr (kRacecheck) {
+    BarrierSync(WarpBarriers() + kBarrier, 1);
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+  }
 }
+// Of a number of threads that divides kConsumers.
 template <int kBarrier>
 __device__ inline void SyncWarps(int threads) {
-  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+  if constexpr (kRacecheck) {
+    BarrierSync(WarpBarriers() + kBarrier, kConsumers / threads);
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+  }
 }
 // Counts as one of them and goes on.
 template <int kBarrier, int kThreads>
 __device__ inline void ArriveWarps() {
-  asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+  if constexpr (kRacecheck) {
+    BarrierArrive(WarpBarriers() + kBarrier, 1);
+  } else {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+  }
 }
 template <int kThreads>
 __device__ inline void SyncThreads() {

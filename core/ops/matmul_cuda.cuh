@@ -48,7 +48,7 @@ struct RingShape {
 // for more rows and in f32 more of it. On devices whose blocks have less than an H200's, and for
 // operators that need more (Smaller), the ring has as much less, down to two slots of half the
 // size.
-inline constexpr int kFullShared = 227 << 10;
+inline constexpr int kFullShared = (227 << 10) - kRacecheckShared;
 inline constexpr int kFullSlotBytes = 32 << 10;
 inline constexpr int kMostRingSlots = 5;
 template <typename T>
