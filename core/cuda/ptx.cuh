@@ -54,7 +54,7 @@ __device__ inline void BarrierWait(uint64_t* barrier, uint32_t parity) {
         : "memory");
   }
 }
-// Arrives, and waits for the others, by whole warps.
+// Arrives, and waits for the others.
 __device__ inline void BarrierSync(uint64_t* barrier, uint32_t arrivals) {
   const uint32_t address = SharedAddress(barrier);
   if (arrivals > 1) BarrierArrive(barrier, arrivals - 1);
@@ -71,7 +71,6 @@ __device__ inline void BarrierSync(uint64_t* barrier, uint32_t arrivals) {
         : "r"(address), "l"(phase)
         : "memory");
   }
-  __syncwarp();
 }
 #undef CANOPY_TRY_WAIT
 
@@ -320,6 +319,7 @@ template <int kBarrier, int kThreads>
 __device__ inline void SyncWarps() {
   if constexpr (kRacecheck) {
     BarrierSync(WarpBarriers() + kBarrier, 1);
+    __syncwarp();
   } else {
     asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
   }
