@@ -663,18 +663,18 @@ absl::Status CudaDecoder<T>::Prepare() {
     return absl::UnimplementedError(
         absl::StrCat("layer ", layer, ": ", what, "; use the device cpu for this model"));
   };
+  for (const BlockSpec& block : spec_.blocks) {
+    mixers_ |=
+        std::holds_alternative<SsdSpec>(block.mixer) ? cuda::kSsdMixers : cuda::kAttentionMixers;
+  }
   for (int bucket = 0; bucket < kBuckets; ++bucket) {
-    rings_[bucket] = cuda::RingFor<T>(kBucketRows[bucket] / 8, cuda_.shared_bytes());
+    rings_[bucket] = cuda::RingFor<T>(kBucketRows[bucket] / 8, cuda_.shared_bytes(), HasSsd());
   }
   if (WorkBytes(0) < cuda::kMatmulWorkBytes) {
     return absl::FailedPreconditionError(
         absl::StrCat(cuda_.Description(), " has ", cuda_.shared_bytes(),
                      " bytes of shared memory for a block; Canopy's kernels need ",
                      cuda_.shared_bytes() - WorkBytes(0) + cuda::kMatmulWorkBytes));
-  }
-  for (const BlockSpec& block : spec_.blocks) {
-    mixers_ |=
-        std::holds_alternative<SsdSpec>(block.mixer) ? cuda::kSsdMixers : cuda::kAttentionMixers;
   }
   RETURN_IF_CUDA_ERROR(cuda::PreparePass<T>(mixers_, cuda_.shared_bytes()),
                        "preparing the kernels");

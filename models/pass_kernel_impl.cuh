@@ -27,8 +27,9 @@ struct Turns {
 
 // What the roles of a block tell each other.
 struct Signals {
-  uint64_t weights_here[20], weights_empty[8], acts_here[kActSlots], acts_empty[kActSlots];
-  PartInfo infos[8];     // of the ring's slots
+  uint64_t weights_here[kMostRingSlots * kPieces], weights_empty[kMostRingSlots];
+  uint64_t acts_here[kActSlots], acts_empty[kActSlots];
+  PartInfo infos[kMostRingSlots];
   Turns finished;        // by this block, and where a barrier follows by all
   Turns copied;          // its description
   Turns passed;          // all blocks are done with its last but one predecessor
@@ -343,9 +344,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   char* shared = slots + shape.bytes();
   Signals& signals = *reinterpret_cast<Signals*>(shared);
   PassNodes* nodes = reinterpret_cast<PassNodes*>(shared + Layout::kNodesAt);
-  static_assert(sizeof(signals.weights_here) >= kMostRingSlots * kPieces * sizeof(uint64_t));
-  static_assert(sizeof(signals.weights_empty) >= kMostRingSlots * sizeof(uint64_t));
-  static_assert(sizeof(signals.infos) >= kMostRingSlots * sizeof(PartInfo));
   static_assert(sizeof(Signals) <= Layout::kSignals);
   if (threadIdx.x == 0) {
     for (int i = 0; i < shape.slots * kPieces; ++i) BarrierInit(&signals.weights_here[i], 1);
@@ -384,7 +382,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       for (int i = 0; i < arguments.product_count; ++i) {
         // The next one's description comes while this one is streamed.
         const MatmulOp next = arguments.products[min(i + 1, arguments.product_count - 1)];
-        StreamWeights<T, kRowTiles>(op, ring, policy);
+        StreamWeights<T>(op, ring, policy);
         op = next;
       }
     } else if (streams(kConsumers + 32)) {

@@ -23,9 +23,9 @@
 // until the barrier; blocks of outputs by eight warps with mma.sync, whose sums did not fit the
 // registers at 64 rows; activations sent without a barrier for more than 16 rows; a pause between
 // looks for those that are sent, or two of them under way; a tile's slots dealt to two groups of
-// warps; a batch of wgmma under way while the next is begun; other amounts of weights under way, in
-// larger or smaller pieces, or more of them while the ring is empty; smaller slots of activations
-// for 64 rows, or twice as many.
+// warps; a batch of wgmma under way while the next is begun; other amounts of weights under way, or
+// more of them while the ring is empty; pieces of 8 KiB and less; smaller slots of activations for
+// 64 rows, or twice as many.
 
 #ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
 #define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
@@ -36,38 +36,43 @@
 
 namespace canopy::cuda {
 
-// The ring of slots that weights are streamed into, the first thing in a block's shared memory.
+// The ring of slots that weights are streamed into, the first thing in a block's shared memory. A
+// slot is filled in pieces.
+inline constexpr int kPieces = 2;
 struct RingShape {
   int slots;
   int slot_bytes;
+  int under_way;  // pieces at a time
 
   CANOPY_HOST_DEVICE constexpr int bytes() const { return slots * slot_bytes; }
 };
+inline constexpr int kFullShared = (227 << 10) - kRacecheckShared;
+inline constexpr int kMostRingSlots = 5;
+inline constexpr RingShape kLeastRing = {2, 16 << 10, 2};
+static_assert(kLeastRing.under_way <= kLeastRing.slots * kPieces);
 // 128 or 160 KiB of slots (f32 64): up to 22 MB on 132 multiprocessors, five microseconds of an
 // H200's bandwidth, that come while other operators run. Those need the rest of the shared memory,
 // for more rows and in f32 more of it. On devices whose blocks have less than an H200's, and for
-// operators that need more (Smaller), the ring has as much less, down to two slots of half the
-// size.
-inline constexpr int kFullShared = (227 << 10) - kRacecheckShared;
-inline constexpr int kFullSlotBytes = 32 << 10;
-inline constexpr int kMostRingSlots = 5;
+// operators that need more (Smaller), the ring has as much less, down to kLeastRing.
+//
+// As much is under way as memory's latency asks for: more makes everybody else wait, which costs
+// most where scans send their values from block to block all the time (`scans`). And it is under
+// way in few large pieces, for a copy has a price of its own.
 template <typename T>
-CANOPY_HOST_DEVICE constexpr RingShape RingFor(int row_tiles, int shared_bytes) {
-  const int most = sizeof(T) == 4 ? 2 : row_tiles <= 2 ? kMostRingSlots : kMostRingSlots - 1;
-  const int slots = most - (kFullShared - shared_bytes + kFullSlotBytes - 1) / kFullSlotBytes;
-  if (slots < 2) return {2, kFullSlotBytes / 2};
-  return {slots < most ? slots : most, kFullSlotBytes};
+constexpr RingShape RingFor(int row_tiles, int shared_bytes, bool scans) {
+  RingShape ring = {row_tiles <= 2 ? kMostRingSlots : kMostRingSlots - 1, 32 << 10, scans ? 2 : 3};
+  if (scans && row_tiles == 1) ring = {4, 40 << 10, 2};
+  if (sizeof(T) == 4) ring = {2, 32 << 10, 2};
+  if (shared_bytes < kFullShared) {
+    ring.slots -= (kFullShared - shared_bytes + ring.slot_bytes - 1) / ring.slot_bytes;
+  }
+  return ring.slots < 2 ? kLeastRing : ring;
 }
 // The next smaller ring; of the smallest, the same.
 constexpr RingShape Smaller(const RingShape& ring) {
-  if (ring.slots > 2) return {ring.slots - 1, ring.slot_bytes};
-  return {2, kFullSlotBytes / 2};
+  if (ring.slots > 2) return {ring.slots - 1, ring.slot_bytes, ring.under_way};
+  return kLeastRing;
 }
-// A slot is filled in pieces.
-inline constexpr int kPieces = 4;
-// As many are under way as memory's latency asks for; more only make everybody else wait.
-CANOPY_HOST_DEVICE constexpr int UnderWay(int row_tiles) { return row_tiles == 1 ? 5 : 4; }
-static_assert(UnderWay(1) <= 2 * kPieces && UnderWay(8) <= 2 * kPieces);
 inline constexpr int kActSlots = 4;
 inline constexpr int kActSlotBytes = 8 << 10;
 inline constexpr int kActRingBytes = kActSlots * kActSlotBytes;
@@ -340,7 +345,7 @@ __device__ inline int SlotSteps(const Ring& ring, int blocks) {
 }
 
 // kStreamThreads threads: stream the weights of this block's run.
-template <typename T, int kRowTiles>
+template <typename T>
 __device__ inline void StreamWeights(const MatmulOp& op, Ring& ring, uint64_t policy) {
   const int piece_bytes = ring.shape.slot_bytes / kPieces;
   ForParts<T, true>(op, blockIdx.x, gridDim.x, [&](const PartInfo& part, int, int64_t offset) {
@@ -354,7 +359,7 @@ __device__ inline void StreamWeights(const MatmulOp& op, Ring& ring, uint64_t po
       if (LeadsStream()) ring.infos[ring.slot] = part;
 #pragma unroll 1
       for (int piece = 0; piece < kPieces; ++piece) {
-        const int here = ring.slot * kPieces + piece, before = here - UnderWay(kRowTiles);
+        const int here = ring.slot * kPieces + piece, before = here - ring.shape.under_way;
         BarrierWait(&ring.weights_here[before < 0 ? before + ring.shape.slots * kPieces : before],
                     before < 0 ? ring.phase ^ 1 : ring.phase);
         const int bytes = min(max(left, 0), piece_bytes);

@@ -111,33 +111,44 @@ TEST(MatmulCut, EveryWeightHasItsPlace) {
 }
 
 template <typename T>
-void ExpectRing(int row_tiles, int shared_bytes, int slots, int slot_bytes) {
-  const RingShape ring = RingFor<T>(row_tiles, shared_bytes);
-  EXPECT_EQ(ring.slots, slots) << row_tiles << " " << shared_bytes;
-  EXPECT_EQ(ring.slot_bytes, slot_bytes) << row_tiles << " " << shared_bytes;
+void ExpectRing(int row_tiles, int shared_bytes, bool scans, int slots, int slot_bytes) {
+  const RingShape ring = RingFor<T>(row_tiles, shared_bytes, scans);
+  EXPECT_EQ(ring.slots, slots) << row_tiles << " " << shared_bytes << " " << scans;
+  EXPECT_EQ(ring.slot_bytes, slot_bytes) << row_tiles << " " << shared_bytes << " " << scans;
   // A k-step of the widest tile, and room for what products work with.
   EXPECT_GE(ring.slot_bytes, kMostTileUnits * kUnitBytes<T>);
   const int rest = shared_bytes - ring.bytes() - static_cast<int>(sizeof(PassNodes));
   EXPECT_GE(rest, kMatmulWorkBytes);
+  // A piece waits for one that was begun before it and is still in the ring, also in smaller ones.
+  for (RingShape smaller = ring; smaller.slots > 2; smaller = Smaller(smaller)) {
+    EXPECT_LE(smaller.under_way, smaller.slots * kPieces);
+    EXPECT_EQ(smaller.slot_bytes % (kPieces * 16), 0);
+    EXPECT_LE(smaller.slots, kMostRingSlots);
+    EXPECT_LT(Smaller(smaller).bytes(), smaller.bytes());
+  }
 }
 
 // By what a block has on compute capability 9.0 and 10.0, on 8.0, and on 8.6, 8.9 and 12.0.
 TEST(WeightRing, FollowsTheSharedMemory) {
   constexpr int kLarge = 227 << 10, kMiddle = 163 << 10, kSmall = 99 << 10;
-  constexpr int kWhole = 32 << 10, kHalf = 16 << 10;
-  ExpectRing<__nv_bfloat16>(1, kLarge, 5, kWhole);
-  ExpectRing<__nv_bfloat16>(2, kLarge, 5, kWhole);
-  ExpectRing<__nv_bfloat16>(4, kLarge, 4, kWhole);
-  ExpectRing<__nv_bfloat16>(8, kLarge, 4, kWhole);
-  ExpectRing<__nv_bfloat16>(8, 2 * kLarge, 4, kWhole);
-  ExpectRing<__nv_bfloat16>(1, kMiddle, 3, kWhole);
-  ExpectRing<__nv_bfloat16>(8, kMiddle, 2, kWhole);
-  ExpectRing<__nv_bfloat16>(1, kSmall, 2, kHalf);
-  ExpectRing<__nv_bfloat16>(8, kSmall, 2, kHalf);
-  for (const int row_tiles : {1, 2, 4, 8}) {
-    ExpectRing<float>(row_tiles, kLarge, 2, kWhole);
-    ExpectRing<float>(row_tiles, kMiddle, 2, kHalf);
-    ExpectRing<float>(row_tiles, kSmall, 2, kHalf);
+  constexpr int kWhole = 32 << 10, kHalf = 16 << 10, kLong = 40 << 10;
+  ExpectRing<__nv_bfloat16>(1, kLarge, true, 4, kLong);
+  ExpectRing<__nv_bfloat16>(1, kMiddle, true, 2, kLong);
+  ExpectRing<__nv_bfloat16>(1, kLarge, false, 5, kWhole);
+  ExpectRing<__nv_bfloat16>(1, kMiddle, false, 3, kWhole);
+  for (const bool scans : {true, false}) {
+    ExpectRing<__nv_bfloat16>(2, kLarge, scans, 5, kWhole);
+    ExpectRing<__nv_bfloat16>(4, kLarge, scans, 4, kWhole);
+    ExpectRing<__nv_bfloat16>(8, kLarge, scans, 4, kWhole);
+    ExpectRing<__nv_bfloat16>(8, 2 * kLarge, scans, 4, kWhole);
+    ExpectRing<__nv_bfloat16>(8, kMiddle, scans, 2, kWhole);
+    ExpectRing<__nv_bfloat16>(1, kSmall, scans, 2, kHalf);
+    ExpectRing<__nv_bfloat16>(8, kSmall, scans, 2, kHalf);
+    for (const int row_tiles : {1, 2, 4, 8}) {
+      ExpectRing<float>(row_tiles, kLarge, scans, 2, kWhole);
+      ExpectRing<float>(row_tiles, kMiddle, scans, 2, kHalf);
+      ExpectRing<float>(row_tiles, kSmall, scans, 2, kHalf);
+    }
   }
 }
 
