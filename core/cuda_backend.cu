@@ -57,6 +57,12 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(int device) {
   backend->shared_bytes_ =
       static_cast<int>(properties.sharedMemPerBlockOptin) - cuda::kRacecheckShared;
   backend->cache_bytes_ = properties.l2CacheSize;
+  int clock = 0, width = 0;  // kHz, bits
+  RETURN_IF_CUDA_ERROR(cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, device),
+                       "reading device properties");
+  RETURN_IF_CUDA_ERROR(cudaDeviceGetAttribute(&width, cudaDevAttrGlobalMemoryBusWidth, device),
+                       "reading device properties");
+  backend->nominal_bandwidth_ = 2.0 * 1e3 * clock * width / 8;  // two transfers a clock
   const std::string what =
       absl::StrCat("device cuda:", device, " (", properties.name, ") has compute capability ",
                    properties.major, ".", properties.minor);

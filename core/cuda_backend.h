@@ -42,6 +42,8 @@ class CudaBackend final : public Backend {
   int multiprocessors() const { return multiprocessors_; }
   int shared_bytes() const { return shared_bytes_; }  // that a block may have
   size_t cache_bytes() const { return cache_bytes_; }
+  // Bytes a second by the memory's clock and width, which no program reaches; 0 where unknown.
+  double nominal_bandwidth() const { return nominal_bandwidth_; }
 
   // Both wait until the copy is done.
   absl::Status ToDevice(void* to, const void* from, size_t bytes);
@@ -79,6 +81,7 @@ class CudaBackend final : public Backend {
   int multiprocessors_ = 0;
   int shared_bytes_ = 0;
   size_t cache_bytes_ = 0;
+  double nominal_bandwidth_ = 0.0;
   cudaStream_t stream_ = nullptr;
   uint64_t passes_ = 0;
   cuda::PassResult* results_ = nullptr;  // [kPromisePasses], pinned

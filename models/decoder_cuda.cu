@@ -667,8 +667,10 @@ absl::Status CudaDecoder<T>::Prepare() {
     mixers_ |=
         std::holds_alternative<SsdSpec>(block.mixer) ? cuda::kSsdMixers : cuda::kAttentionMixers;
   }
+  const int latency_bytes = cuda::LatencyBytes(cuda_.nominal_bandwidth(), cuda_.multiprocessors());
   for (int bucket = 0; bucket < kBuckets; ++bucket) {
-    rings_[bucket] = cuda::RingFor<T>(kBucketRows[bucket] / 8, cuda_.shared_bytes(), HasSsd());
+    rings_[bucket] =
+        cuda::RingFor<T>(kBucketRows[bucket] / 8, cuda_.shared_bytes(), HasSsd(), latency_bytes);
   }
   if (WorkBytes(0) < cuda::kMatmulWorkBytes) {
     return absl::FailedPreconditionError(

@@ -55,18 +55,25 @@ static_assert(kLeastRing.under_way <= kLeastRing.slots * kPieces);
 // for more rows and in f32 more of it. On devices whose blocks have less than an H200's, and for
 // operators that need more (Smaller), the ring has as much less, down to kLeastRing.
 //
-// As much is under way as memory's latency asks for: more makes everybody else wait, which costs
-// most where scans send their values from block to block all the time (`scans`). And it is under
-// way in few large pieces, for a copy has a price of its own.
+// As much is under way as memory's latency asks for (`latency_bytes`): more makes everybody else
+// wait, which costs most where scans send their values from block to block all the time (`scans`).
+// And it is under way in few large pieces, for a copy has a price of its own.
 template <typename T>
-constexpr RingShape RingFor(int row_tiles, int shared_bytes, bool scans) {
-  RingShape ring = {row_tiles <= 2 ? kMostRingSlots : kMostRingSlots - 1, 32 << 10, scans ? 2 : 3};
+constexpr RingShape RingFor(int row_tiles, int shared_bytes, bool scans, int latency_bytes) {
+  RingShape ring = {row_tiles <= 2 ? kMostRingSlots : kMostRingSlots - 1, 32 << 10, 2};
   if (scans && row_tiles == 1) ring = {4, 40 << 10, 2};
   if (sizeof(T) == 4) ring = {2, 32 << 10, 2};
+  if (!scans && 2 * kPieces * latency_bytes >= 5 * ring.slot_bytes) ring.under_way = 3;
   if (shared_bytes < kFullShared) {
     ring.slots -= (kFullShared - shared_bytes + ring.slot_bytes - 1) / ring.slot_bytes;
   }
   return ring.slots < 2 ? kLeastRing : ring;
+}
+// Bytes that each of `multiprocessors` must have under way for a bandwidth in bytes a second. The
+// latency is that of a memory at work.
+inline constexpr double kMemorySeconds = 1.2e-6;
+constexpr int LatencyBytes(double bandwidth, int multiprocessors) {
+  return static_cast<int>(bandwidth * kMemorySeconds / multiprocessors);
 }
 // The next smaller ring; of the smallest, the same.
 constexpr RingShape Smaller(const RingShape& ring) {

@@ -112,7 +112,7 @@ TEST(MatmulCut, EveryWeightHasItsPlace) {
 
 template <typename T>
 void ExpectRing(int row_tiles, int shared_bytes, bool scans, int slots, int slot_bytes) {
-  const RingShape ring = RingFor<T>(row_tiles, shared_bytes, scans);
+  const RingShape ring = RingFor<T>(row_tiles, shared_bytes, scans, 0);
   EXPECT_EQ(ring.slots, slots) << row_tiles << " " << shared_bytes << " " << scans;
   EXPECT_EQ(ring.slot_bytes, slot_bytes) << row_tiles << " " << shared_bytes << " " << scans;
   // A k-step of the widest tile, and room for what products work with.
@@ -149,6 +149,18 @@ TEST(WeightRing, FollowsTheSharedMemory) {
       ExpectRing<float>(row_tiles, kMiddle, scans, 2, kHalf);
       ExpectRing<float>(row_tiles, kSmall, scans, 2, kHalf);
     }
+  }
+}
+
+// By the nominal bandwidth of an H200 and of an H100, with 132 multiprocessors.
+TEST(WeightRing, HasMorePiecesUnderWayWhereMemoryIsFaster) {
+  constexpr int kLarge = 227 << 10;
+  const int h200 = LatencyBytes(4.92e12, 132), h100 = LatencyBytes(3.35e12, 132);
+  for (const int row_tiles : {1, 2, 4, 8}) {
+    EXPECT_EQ(RingFor<__nv_bfloat16>(row_tiles, kLarge, false, h200).under_way, 3);
+    EXPECT_EQ(RingFor<__nv_bfloat16>(row_tiles, kLarge, false, h100).under_way, 2);
+    EXPECT_EQ(RingFor<__nv_bfloat16>(row_tiles, kLarge, true, h200).under_way, 2);
+    EXPECT_EQ(RingFor<__nv_bfloat16>(row_tiles, kLarge, false, 0).under_way, 2);
   }
 }
 
