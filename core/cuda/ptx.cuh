@@ -315,10 +315,15 @@ __device__ inline uint64_t* WarpBarriers() {
   __shared__ uint64_t barriers[kWarpBarriers];
   return barriers;
 }
+template <int kBarrier>
+__device__ inline uint64_t* WarpBarrier() {
+  static_assert(kBarrier < kWarpBarriers);
+  return WarpBarriers() + kBarrier;
+}
 template <int kBarrier, int kThreads>
 __device__ inline void SyncWarps() {
   if constexpr (kRacecheck) {
-    BarrierSync(WarpBarriers() + kBarrier, 1);
+    BarrierSync(WarpBarrier<kBarrier>(), 1);
     __syncwarp();
   } else {
     asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
@@ -328,7 +333,7 @@ __device__ inline void SyncWarps() {
 template <int kBarrier>
 __device__ inline void SyncWarps(int threads) {
   if constexpr (kRacecheck) {
-    BarrierSync(WarpBarriers() + kBarrier, kConsumers / threads);
+    BarrierSync(WarpBarrier<kBarrier>(), kConsumers / threads);
   } else {
     asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
   }
@@ -337,7 +342,7 @@ __device__ inline void SyncWarps(int threads) {
 template <int kBarrier, int kThreads>
 __device__ inline void ArriveWarps() {
   if constexpr (kRacecheck) {
-    BarrierArrive(WarpBarriers() + kBarrier, 1);
+    BarrierArrive(WarpBarrier<kBarrier>(), 1);
   } else {
     asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
   }

@@ -64,7 +64,8 @@ constexpr RingShape RingFor(int row_tiles, int shared_bytes, bool scans, int lat
   RingShape ring = {row_tiles <= 2 ? kMostRingSlots : kMostRingSlots - 1, 32 << 10, 2};
   if (scans && row_tiles == 1) ring = {4, 40 << 10, 2};
   if (sizeof(T) == 4) ring = {2, 32 << 10, 2};
-  if (!scans && 2 * kPieces * latency_bytes >= 5 * ring.slot_bytes) ring.under_way = 3;
+  const int piece_bytes = ring.slot_bytes / kPieces;
+  if (!scans && latency_bytes >= 5 * piece_bytes / 2) ring.under_way = 3;  // to the nearest piece
   if (shared_bytes < kFullShared) {
     ring.slots -= (kFullShared - shared_bytes + ring.slot_bytes - 1) / ring.slot_bytes;
   }

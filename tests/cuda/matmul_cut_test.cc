@@ -119,12 +119,16 @@ void ExpectRing(int row_tiles, int shared_bytes, bool scans, int slots, int slot
   EXPECT_GE(ring.slot_bytes, kMostTileUnits * kUnitBytes<T>);
   const int rest = shared_bytes - ring.bytes() - static_cast<int>(sizeof(PassNodes));
   EXPECT_GE(rest, kMatmulWorkBytes);
-  // A piece waits for one that was begun before it and is still in the ring, also in smaller ones.
-  for (RingShape smaller = ring; smaller.slots > 2; smaller = Smaller(smaller)) {
+  // A piece waits for one that was begun before it and is still in the ring, also in smaller ones
+  // and with as many under way as there ever are.
+  RingShape smaller = RingFor<T>(row_tiles, shared_bytes, scans, 1 << 20);
+  while (true) {
     EXPECT_LE(smaller.under_way, smaller.slots * kPieces);
     EXPECT_EQ(smaller.slot_bytes % (kPieces * 16), 0);
     EXPECT_LE(smaller.slots, kMostRingSlots);
-    EXPECT_LT(Smaller(smaller).bytes(), smaller.bytes());
+    if (smaller.bytes() == kLeastRing.bytes()) break;
+    ASSERT_LT(Smaller(smaller).bytes(), smaller.bytes());
+    smaller = Smaller(smaller);
   }
 }
 
