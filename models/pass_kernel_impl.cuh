@@ -28,7 +28,7 @@ struct Turns {
 // What the roles of a block tell each other.
 struct Signals {
   uint64_t weights_here[kMostRingSlots * kPieces], weights_empty[kMostRingSlots];
-  uint64_t acts_here[kActSlots], acts_empty[kActSlots];
+  uint64_t acts_here[kMostActSlots], acts_empty[kMostActSlots];
   PartInfo infos[kMostRingSlots];
   Turns finished;        // by this block, and where a barrier follows by all
   Turns copied;          // its description
@@ -41,14 +41,19 @@ struct Signals {
 };
 
 // Made anew where it is used, so that nobody holds it in registers. shared: behind the slots.
-template <typename T>
+template <typename T, int kRowTiles>
 __device__ __forceinline__ Ring RingOf(const PassArguments& arguments, char* shared) {
   Signals& signals = *reinterpret_cast<Signals*>(shared);
   const RingShape shape = arguments.ring;
-  return {shared - shape.bytes(), shared + SharedLayout<T>::kFixed,
-          signals.infos,          signals.weights_here,
-          signals.weights_empty,  signals.acts_here,
-          signals.acts_empty,     shape};
+  return {shared - shape.bytes(),
+          shared + SharedLayout<T>::kFixed,
+          signals.infos,
+          signals.weights_here,
+          signals.weights_empty,
+          signals.acts_here,
+          signals.acts_empty,
+          shape,
+          kRowTiles};
 }
 
 // What blocks tell each other about operators that they are done with.
@@ -129,8 +134,8 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
       case OpKind::kMatmul:
       case OpKind::kResidual:
         ConsumeMatmul<T, kRowTiles>(
-            *op.product(), first_acts, nodes.rows, RingOf<T>(arguments, shared), signals.place,
-            &signals.next_place, reinterpret_cast<float*>(work + kActRingBytes));
+            *op.product(), first_acts, nodes.rows, RingOf<T, kRowTiles>(arguments, shared),
+            signals.place, &signals.next_place, reinterpret_cast<float*>(work + kActRingBytes));
         if (op.kind == OpKind::kResidual) {
           Residual<T, kBucket>(op.sum.residual, op.sum.out.TileUnits(), nodes);
         }
@@ -138,8 +143,8 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
       case OpKind::kScan:
         if constexpr ((kMixers & kSsdMixers) != 0) {
           Scan<T, kRowTiles>(op.ssd.in, op.ssd.scan, op.norm, nodes, store, first_acts,
-                             RingOf<T>(arguments, shared), signals.place, &signals.next_place,
-                             &signals.factored, factors, work);
+                             RingOf<T, kRowTiles>(arguments, shared), signals.place,
+                             &signals.next_place, &signals.factored, factors, work);
         }
         break;
       case OpKind::kAttentionInputs:
@@ -348,7 +353,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < shape.slots * kPieces; ++i) BarrierInit(&signals.weights_here[i], 1);
     for (int i = 0; i < shape.slots; ++i) BarrierInit(&signals.weights_empty[i], kEmptyArrivals);
-    for (int i = 0; i < kActSlots; ++i) {
+    for (int i = 0; i < ActSlots(kRowTiles); ++i) {
       BarrierInit(&signals.acts_here[i], kActsArrivals);
       BarrierInit(&signals.acts_empty[i], kEmptyArrivals);
     }
@@ -374,7 +379,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
   if (threadIdx.x >= kConsumers) {
     LowerRegisters<64>();
-    Ring ring = RingOf<T>(arguments, shared);
+    Ring ring = RingOf<T, kRowTiles>(arguments, shared);
     const auto streams = [](int first) { return threadIdx.x - first < kStreamThreads; };
     if (streams(kConsumers)) {
       const uint64_t policy = arguments.stream_weights_once ? EvictFirst() : EvictNormal();
@@ -407,7 +412,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         };
         // Where activations are sent there may be nothing to bring.
         if (SendsActs(8 * kRowTiles)) await_finished();
-        StreamActs<T>(op, kRowTiles, ring, policy, [&] {
+        StreamActs<T>(op, ring, policy, [&] {
           if (!SendsActs(8 * kRowTiles)) await_finished();
           if (leads && op.turn_before > 0) progress.Await(op.counter_before, op.turn_before);
           SyncStream();

@@ -82,13 +82,20 @@ constexpr RingShape Smaller(const RingShape& ring) {
   if (ring.slots > 2) return {ring.slots - 1, ring.slot_bytes, ring.under_way};
   return kLeastRing;
 }
-inline constexpr int kActSlots = 4;
-inline constexpr int kActSlotBytes = 8 << 10;
-inline constexpr int kActRingBytes = kActSlots * kActSlotBytes;
+// The ring of activations: with more rows in fewer, larger slots, since a copy has a price of its
+// own here too.
+inline constexpr int kActRingBytes = 32 << 10;
+inline constexpr int kMostActSlots = 4;
+CANOPY_HOST_DEVICE constexpr int ActSlots(int row_tiles) {
+  return row_tiles <= 2 ? kMostActSlots : 2;
+}
+CANOPY_HOST_DEVICE constexpr int ActSlotBytes(int row_tiles) {
+  return kActRingBytes / ActSlots(row_tiles);
+}
 // K-steps of activations in a slot.
 template <typename T>
 CANOPY_HOST_DEVICE constexpr int ActSteps(int row_tiles) {
-  return kActSlotBytes / (8 * row_tiles * 16 * static_cast<int>(sizeof(T)));
+  return ActSlotBytes(row_tiles) / (8 * row_tiles * 16 * static_cast<int>(sizeof(T)));
 }
 
 // Whether the first activations of a block's run are sent, see kUnsent, and do not wait for a
@@ -277,7 +284,7 @@ CANOPY_HOST_DEVICE inline void ForParts(const MatmulOp& op, int run, int grid, c
 // The first activations of a block's run, as many as their ring holds: first k-step and k-steps of
 // each slot, -1 where there is none.
 struct alignas(16) FirstActs {
-  int16_t step[kActSlots], steps[kActSlots];
+  int16_t step[kMostActSlots], steps[kMostActSlots];
 };
 static_assert(sizeof(FirstActs) == 16);
 
@@ -289,13 +296,13 @@ inline FirstActs ListActs(const MatmulOp& op, int row_tiles, int run, int grid) 
   ForParts<T>(op, run, grid, [&](const PartInfo& part, int k, int64_t) {
     int left = part.steps;
     do {
-      if (count == kActSlots) return;
+      if (count == ActSlots(row_tiles)) return;
       list.step[count] = static_cast<int16_t>(k + part.steps - left);
       list.steps[count++] = static_cast<int16_t>(std::min(left, most));
       left -= most;
     } while (left > 0);
   });
-  for (; count < kActSlots; ++count) list.steps[count] = -1;
+  for (; count < kMostActSlots; ++count) list.steps[count] = -1;
   return list;
 }
 
@@ -327,11 +334,12 @@ struct Ring {
   uint64_t* acts_here;
   uint64_t* acts_empty;
   RingShape shape;
+  int row_tiles;
   int slot = 0, act_slot = 0;
   uint32_t phase = 0, act_phase = 0;
 
   __device__ char* weights() const { return slots + slot * shape.slot_bytes; }
-  __device__ char* acts() const { return act_slots + act_slot * kActSlotBytes; }
+  __device__ char* acts() const { return act_slots + act_slot * ActSlotBytes(row_tiles); }
   __device__ void NextWeights() {
     if (++slot == shape.slots) {
       slot = 0;
@@ -339,7 +347,7 @@ struct Ring {
     }
   }
   __device__ void NextActs() {
-    if (++act_slot == kActSlots) {
+    if (++act_slot == ActSlots(row_tiles)) {
       act_slot = 0;
       act_phase ^= 1;
     }
@@ -385,10 +393,11 @@ __device__ inline void StreamWeights(const MatmulOp& op, Ring& ring, uint64_t po
 
 // kStreamThreads threads: bring the activations behind the first ones, once ready() has returned.
 template <typename T, typename Ready>
-__device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring, uint64_t policy,
+__device__ inline void StreamActs(const MatmulOp& op, Ring& ring, uint64_t policy,
                                   const Ready& ready) {
+  const int row_tiles = ring.row_tiles, slots = ActSlots(row_tiles);
   const int step_bytes = 8 * row_tiles * 16 * static_cast<int>(sizeof(T));
-  int slot = SendsActs(8 * row_tiles) ? 0 : kActSlots;
+  int slot = SendsActs(8 * row_tiles) ? 0 : slots;
   bool waited = false;
   ForParts<T>(op, blockIdx.x, gridDim.x, [&](const PartInfo& part, int k, int64_t) {
     const char* from = static_cast<const char*>(op.act) + k * step_bytes;
@@ -396,7 +405,7 @@ __device__ inline void StreamActs(const MatmulOp& op, int row_tiles, Ring& ring,
     do {
       const int steps = min(left, ActSteps<T>(row_tiles));
       const uint32_t bytes = steps * step_bytes;
-      if (slot++ >= kActSlots) {
+      if (slot++ >= slots) {
         // First, for then slots are as they were at the operator's beginning or later, and a phase
         // is known by its parity.
         if (!waited) ready();
@@ -600,6 +609,7 @@ __device__ __noinline__ inline void BeginMatmul(const MatmulOp& op, const FirstA
   if constexpr (SendsActs(8 * kRowTiles)) {
     // A slot has room for a vector of 16 bytes for each thread. The vectors of the rows that there
     // are lie on neighbouring threads, for each slot behind those of the one before.
+    constexpr int kActSlots = ActSlots(kRowTiles), kActSlotBytes = ActSlotBytes(kRowTiles);
     static_assert(kActSlotBytes == kConsumers * 16);
     constexpr int kStepBytes = 8 * kRowTiles * 16 * static_cast<int>(sizeof(T));
     constexpr int kStepVectors = sizeof(T);  // of a row and k-step
@@ -647,6 +657,7 @@ template <typename T, int kRowTiles>
 __device__ __forceinline__ void AwaitActs(const MatmulOp& op, const FirstActs& first_acts, int rows,
                                           const Ring& ring, const RingPlace& at, float* factors) {
   constexpr bool kSends = SendsActs(8 * kRowTiles);
+  constexpr int kActSlots = ActSlots(kRowTiles);
   if (kSends || op.norm.squares != nullptr) {
     BeginMatmul<T, kRowTiles>(op, first_acts, rows, at.act_slot, ring.act_slots, factors);
     SyncThreads<kConsumers>();
