@@ -82,12 +82,17 @@ constexpr RingShape Smaller(const RingShape& ring) {
   if (ring.slots > 2) return {ring.slots - 1, ring.slot_bytes, ring.under_way};
   return kLeastRing;
 }
-// The ring of activations: with more rows in fewer, larger slots, since a copy has a price of its
-// own here too.
+
+// Whether the first activations of a block's run are sent, see kUnsent, and do not wait for a
+// barrier. With more rows everybody who waits for so many of them is in the others' way.
+CANOPY_HOST_DEVICE constexpr bool SendsActs(int bucket_rows) { return bucket_rows <= 16; }
+
+// The ring of activations. Where they are sent each thread fills 16 bytes of a slot (BeginMatmul);
+// copies come in fewer, larger slots, for each has a price of its own.
 inline constexpr int kActRingBytes = 32 << 10;
 inline constexpr int kMostActSlots = 4;
 CANOPY_HOST_DEVICE constexpr int ActSlots(int row_tiles) {
-  return row_tiles <= 2 ? kMostActSlots : 2;
+  return SendsActs(8 * row_tiles) ? kMostActSlots : 2;
 }
 CANOPY_HOST_DEVICE constexpr int ActSlotBytes(int row_tiles) {
   return kActRingBytes / ActSlots(row_tiles);
@@ -97,10 +102,6 @@ template <typename T>
 CANOPY_HOST_DEVICE constexpr int ActSteps(int row_tiles) {
   return ActSlotBytes(row_tiles) / (8 * row_tiles * 16 * static_cast<int>(sizeof(T)));
 }
-
-// Whether the first activations of a block's run are sent, see kUnsent, and do not wait for a
-// barrier. With more rows everybody who waits for so many of them is in the others' way.
-CANOPY_HOST_DEVICE constexpr bool SendsActs(int bucket_rows) { return bucket_rows <= 16; }
 
 inline constexpr int kUnitBlocks = 4;  // of 16 outputs, in a unit
 template <typename T>
@@ -607,9 +608,9 @@ __device__ __noinline__ inline void BeginMatmul(const MatmulOp& op, const FirstA
                                                 int slot, char* slots, float* factors) {
   if (op.norm.squares != nullptr) RowFactors(op.norm, rows, factors);
   if constexpr (SendsActs(8 * kRowTiles)) {
+    constexpr int kActSlots = ActSlots(kRowTiles), kActSlotBytes = ActSlotBytes(kRowTiles);
     // A slot has room for a vector of 16 bytes for each thread. The vectors of the rows that there
     // are lie on neighbouring threads, for each slot behind those of the one before.
-    constexpr int kActSlots = ActSlots(kRowTiles), kActSlotBytes = ActSlotBytes(kRowTiles);
     static_assert(kActSlotBytes == kConsumers * 16);
     constexpr int kStepBytes = 8 * kRowTiles * 16 * static_cast<int>(sizeof(T));
     constexpr int kStepVectors = sizeof(T);  // of a row and k-step
