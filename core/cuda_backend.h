@@ -39,6 +39,7 @@ class CudaBackend final : public Backend {
   MemoryStats memory() const override;
 
   cudaStream_t stream() const { return stream_; }
+  int capability() const { return capability_; }  // 90 for 9.0
   int multiprocessors() const { return multiprocessors_; }
   int shared_bytes() const { return shared_bytes_; }  // that a block may have
   size_t cache_bytes() const { return cache_bytes_; }
@@ -77,7 +78,7 @@ class CudaBackend final : public Backend {
 
   int device_ = 0;
   std::string name_;
-  int capability_ = 0;  // 90 for 9.0
+  int capability_ = 0;
   int multiprocessors_ = 0;
   int shared_bytes_ = 0;
   size_t cache_bytes_ = 0;

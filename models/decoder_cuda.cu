@@ -1,3 +1,4 @@
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -50,12 +51,14 @@ struct DeviceMatrix {
   Buffer first_acts;  // FirstActs [kBuckets][blocks]
   cuda::MatmulOp op;
   ProductShape shape;
-  int splits = 0;  // the most of a tile
+  int splits = 0;            // the most of a tile
+  bool same_splits = false;  // all tiles have as many
 
   cuda::Partials Sums(float* data) const {
     int shift = 0;
     const int tile_blocks = op.early_tiles > 0 ? 1 : op.tile_blocks;
     while (1 << shift < tile_blocks * 16) ++shift;
+    if (same_splits) shift = 31;
     return {data, counts.as<uint8_t>(), splits, shift, op.split_stride, op.ld};
   }
 };
@@ -314,6 +317,10 @@ class CudaDecoder final : public CudaModel {
   absl::StatusOr<const float*> Upload(const std::vector<float>& values, int padded = 0);
   // whole: where the result is read as it is, and not from splits.
   cuda::MatmulOp Plan(int outputs, const Columns& columns, bool whole = false) const;
+  // Of out_proj, cut so that few rows can take it in strips where these suit.
+  cuda::MatmulOp PlanOut(const cuda::ScanOp& scan, const Columns& columns) const;
+  bool StripsFit(const cuda::MatmulOp& op, const cuda::ScanOp& scan) const;
+  absl::Status PrepareStrips();
   // Of early outputs and tiles of `tile_blocks` blocks.
   cuda::MatmulOp PlanOwn(int early, int tiles, int tile_blocks, const Columns& columns) const;
   absl::Status PrepareScan(const SsdSpec& ssd, int layer, cuda::ScanOp* scan) const;
@@ -346,6 +353,11 @@ class CudaDecoder final : public CudaModel {
                                     sizeof(T);
   }
 
+  // Sums of squares of four columns each, of a strip's rows.
+  size_t QuadSquares() const {
+    return has_strips_ ? size_t{32} * kBucketRows[0] * cuda::Granules(hidden_steps_) : 0;
+  }
+
   CudaBackend& cuda_;
   DecoderSpec spec_;
   const DType dtype_;
@@ -370,6 +382,11 @@ class CudaDecoder final : public CudaModel {
   size_t stream_bytes_ = 0;  // of weights that a pass reads
   uint64_t seed_ = 1;
   int mixers_ = 0;  // kSsdMixers, kAttentionMixers
+  // Whether all blocks run in clusters for strips, whether layers take those with few rows, and
+  // their tensor maps.
+  bool has_clusters_ = false;
+  bool has_strips_ = false;
+  Buffer strip_maps_;
 };
 
 template <typename T>
@@ -406,6 +423,75 @@ cuda::MatmulOp CudaDecoder<T>::Plan(int outputs, const Columns& columns, bool wh
     }
   }
   return best;
+}
+
+template <typename T>
+bool CudaDecoder<T>::StripsFit(const cuda::MatmulOp& op, const cuda::ScanOp& scan) const {
+  const cuda::ScanLayout<T> layout(kBucketRows[0], scan.padded_d_state, scan.sent_columns,
+                                   scan.tile_groups * cuda::kGroup);
+  return op.strip_groups > 0 && cuda::StripPieceBytes(op) <= rings_[0].slot_bytes / cuda::kPieces &&
+         cuda::StripActBytes(op.k_steps) <= layout.decay &&
+         layout.end + cuda::StripSumBytes(op.strip_groups) <= WorkBytes(0);
+}
+
+template <typename T>
+cuda::MatmulOp CudaDecoder<T>::PlanOut(const cuda::ScanOp& scan, const Columns& columns) const {
+  const int hidden = spec_.info.hidden_size;
+  if (has_clusters_ && columns.groups == 1) {
+    const cuda::MatmulOp op = cuda::PlanStrips(hidden, columns.k_steps(), cuda_.multiprocessors(),
+                                               rings_[0].slot_bytes / cuda::kPieces);
+    if (StripsFit(op, scan)) return op;
+  }
+  return Plan(hidden, columns);
+}
+
+// Makes the tensor maps for layers whose next one is a scan as well: a strip goes on from one and
+// is read by the other.
+template <typename T>
+absl::Status CudaDecoder<T>::PrepareStrips() {
+  const auto is_scan = [&](size_t i) {
+    return i < spec_.blocks.size() && std::holds_alternative<SsdSpec>(spec_.blocks[i].mixer);
+  };
+  std::vector<size_t> with;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    if (is_scan(i) && is_scan(i + 1) && !spec_.blocks[i].mlp &&
+        StripsFit(layers_[i].out.op, layers_[i].scan)) {
+      with.push_back(i);
+    }
+  }
+  if (with.empty()) return absl::OkStatus();
+  // The driver's function, without linking to it.
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  RETURN_IF_CUDA_ERROR(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                        cudaEnableDefault, &found),
+                       "looking for cuTensorMapEncodeTiled");
+  if (found != cudaDriverEntryPointSuccess || function == nullptr) return absl::OkStatus();
+  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  std::vector<CUtensorMap> maps(with.size());
+  ASSIGN_OR_RETURN(strip_maps_, cuda_.Allocate(maps.size() * sizeof(CUtensorMap)));
+  for (size_t i = 0; i < with.size(); ++i) {
+    cuda::MatmulOp& op = layers_[with[i]].out.op;
+    // Elements of 8 bytes: blocks of a k-step by the k-steps of all tiles.
+    const cuuint64_t sizes[] = {cuuint64_t(op.tile_blocks) * cuda::kBlockBytes<T> / 8,
+                                cuuint64_t(op.blocks / op.tile_blocks) * op.k_steps};
+    const cuuint64_t strides[] = {sizes[0] * 8};
+    const cuuint32_t box[] = {cuuint32_t(op.strip_groups) * cuda::kBlockBytes<T> / 16,
+                              cuuint32_t(op.strip_steps)};
+    const cuuint32_t element_strides[] = {1, 1};
+    const CUresult result = encode(
+        &maps[i], CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 2, const_cast<void*>(op.weights), sizes, strides,
+        box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) {
+      return absl::InternalError(absl::StrCat("layer ", with[i], ": out_proj of ", op.columns,
+                                              " x ", op.k_steps * 16,
+                                              " as a tensor map: CUDA driver error ", result));
+    }
+    op.strips = strip_maps_.as<CUtensorMap>() + i;
+  }
+  has_strips_ = true;
+  return cuda_.ToDevice(strip_maps_.data(), maps.data(), maps.size() * sizeof(CUtensorMap));
 }
 
 template <typename T>
@@ -451,6 +537,7 @@ absl::StatusOr<DeviceMatrix> CudaDecoder<T>::Upload(const PackedMatrix& matrix,
     }
   }
   result.splits = *std::max_element(counts.begin(), counts.end());
+  result.same_splits = *std::min_element(counts.begin(), counts.end()) == result.splits;
   // The kernels count quanta and the places of sums in 32 bits.
   if (int64_t{cut.total} * blocks > INT_MAX || int64_t{cut.early_total} * blocks > INT_MAX ||
       int64_t{kMaxRows} * op.ld > INT_MAX) {
@@ -680,6 +767,13 @@ absl::Status CudaDecoder<T>::Prepare() {
   }
   RETURN_IF_CUDA_ERROR(cuda::PreparePass<T>(mixers_, cuda_.shared_bytes()),
                        "preparing the kernels");
+  if (sizeof(T) == 2 && HasSsd() && cuda_.capability() >= 90) {
+    int clustered = 0;
+    RETURN_IF_CUDA_ERROR(
+        cuda::ClusteredBlocks<T>(mixers_, cuda::kStripBlocks, cuda_.shared_bytes(), &clustered),
+        "asking for clusters");
+    has_clusters_ = clustered >= cuda_.multiprocessors();
+  }
   std::vector<cuda::FoldShape> folds;
   for (size_t i = 0; i < spec_.blocks.size(); ++i) {
     BlockSpec& block = spec_.blocks[i];
@@ -757,7 +851,7 @@ absl::Status CudaDecoder<T>::Prepare() {
         ASSIGN_OR_RETURN(Buffer packed, PackScan(ssd, scan, out.padded_width(), first));
         layer.packed.push_back(std::move(packed));
       }
-      ASSIGN_OR_RETURN(layer.out, Upload(ssd.out_proj, out, Plan(hidden, out)));
+      ASSIGN_OR_RETURN(layer.out, Upload(ssd.out_proj, out, PlanOut(scan, out)));
       ASSIGN_OR_RETURN(layer.out_bias, Upload(ssd.out_proj_bias, padded_hidden));
       mixed_steps_ = std::max(mixed_steps_, out.k_steps());
       const int squares = scan.norm_groups * scan.square_parts;
@@ -852,6 +946,7 @@ absl::Status CudaDecoder<T>::Prepare() {
   buffers_.push_back(std::move(table));
   spec_.embedding.reset();
   spec_.head = PackedMatrix::Blank(dtype_, info.vocab_size, hidden);
+  RETURN_IF_ERROR(PrepareStrips());
   if (HasSsd()) {
     ASSIGN_OR_RETURN(Buffer shapes, cuda_.Allocate(folds.size() * sizeof(cuda::FoldShape)));
     RETURN_IF_ERROR(cuda_.ToDevice(shapes.data(), folds.data(), shapes.bytes()));
@@ -952,7 +1047,9 @@ void CudaDecoder<T>::AddPieces(Pieces& pieces, Places& p, CudaWorkspace& ws) con
   }
   for (float*& partials : p.partials) pieces.Add(&partials, partial_floats_);
   pieces.Add(&p.scan_squares, size_t{1} * kMaxRows * scan_squares_);
-  pieces.Add(&p.sent_squares, size_t{kActPlaces} * kMaxRows * scan_squares_);
+  pieces.Add(&p.sent_squares,
+             kActPlaces * std::max(size_t{1} * kMaxRows * scan_squares_,
+                                   size_t{1} * kBucketRows[0] * scan_squares_ + QuadSquares()));
   pieces.Add(&p.q, size_t{1} * kMaxRows * q_columns_);
   for (char*& sent : p.scan_sent) pieces.Add(&sent, size_t{1} * kMaxRows * sent_bytes_);
   pieces.Add(&ws.logits, size_t{1} * kMaxRows * head_.op.ld);
@@ -980,6 +1077,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   const size_t hidden_elements = HiddenInput(bucket);
   const size_t mixed_elements = size_t{1} * rows * mixed_steps_ * 16;
   const size_t squares = size_t{1} * rows * scan_squares_;
+  const size_t quads = bucket == 0 && has_strips_ ? QuadSquares() : 0;
+  float* const sent_quads = at.sent_squares + kActPlaces * squares;
   T* hidden_acts[kActPlaces] = {at.act_hidden[bucket]};
   T* mixed_acts[kActPlaces];
   T* act = at.acts[bucket];
@@ -987,11 +1086,12 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   for (int i = 0; i < kActPlaces; ++i, act += mixed_elements) mixed_acts[i] = act;
   const size_t other_elements = act - at.acts[bucket];
   int sums_place = 0, hidden_place = 0, mixed_place = 0, squares_place = 0, other_sent = 0;
-  int scans = 0;
+  int scans = 0, strips = 0;
   // The product of the next operator; `last` of those that read their input.
   const auto product = [&](const DeviceMatrix& matrix, T* act, float* out,
                            const cuda::RowNorm& norm, bool last = true) {
     cuda::MatmulOp op = matrix.op;
+    if (bucket != 0) op.strips = nullptr;
     op.act = act;
     op.out = out;
     op.norm = norm;
@@ -1022,21 +1122,27 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   const auto squares_of = [&](T* hidden_act) {
     return reinterpret_cast<float*>(hidden_act + HiddenActs(bucket));
   };
-  const auto next_input = [&](const float* weight) {
+  // Whether a strip sends it, whose sums of squares are of four columns and lie elsewhere.
+  bool of_quads = false;
+  const auto hidden_squares = [&] {
+    return of_quads ? sent_quads + hidden_place * quads : squares_of(hidden_acts[hidden_place]);
+  };
+  const auto next_input = [&](const float* weight, bool from_strip) {
     T* const next = hidden_acts[next_place(&hidden_place, kActPlaces)];
+    of_quads = from_strip;
     sends(next);
-    sends(squares_of(next));
-    return cuda::NormInput{weight, next, squares_of(next)};
+    sends(hidden_squares());
+    return cuda::NormInput{weight, next, hidden_squares()};
   };
   // The norm of the input at hand, whose factors operator `reader` needs.
   const auto hidden_norm = [&](float eps, size_t reader) {
-    float* const squares = squares_of(hidden_acts[hidden_place]);
+    float* const squares = hidden_squares();
     const int count = cuda::Granules(hidden_steps_);
     if (sends_acts) {
-      used_up.push_back(
-          {reader + 2, squares, size_t{1} * rows * cuda::PadTo(4, count) * sizeof(float)});
+      const size_t floats = of_quads ? quads : size_t{1} * rows * cuda::PadTo(4, count);
+      used_up.push_back({reader + 2, squares, floats * sizeof(float)});
     }
-    return cuda::RowNorm{squares, count, 1, 1.0f / static_cast<float>(hidden), eps};
+    return cuda::RowNorm{squares, count, 1, of_quads, 1.0f / static_cast<float>(hidden), eps};
   };
   {
     cuda::Op op;
@@ -1064,8 +1170,18 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
       op.barrier = !sends_acts;
       float* const sums = next_sums();
       op.sum.out = product(matrix, act, sums, product_norm);
-      op.sum.residual = {matrix.Sums(sums), norm, bias, at.x, hidden, hidden_steps_,
-                         next_input(next)};
+      op.sum.number = strips;
+      if (op.sum.out.strips != nullptr) {
+        ops.back().strip_follows = 1;
+        ++strips;
+      }
+      op.sum.residual = {matrix.Sums(sums),
+                         norm,
+                         bias,
+                         at.x,
+                         hidden,
+                         hidden_steps_,
+                         next_input(next, op.sum.out.strips != nullptr)};
       ops.push_back(op);
     };
     T* const hidden_act = hidden_acts[hidden_place];
@@ -1134,7 +1250,10 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
         ops.push_back(op);
         scan.first_tile += scan.tiles;
       }
-      out_norm = {scan.squares, scan_squares_ / ssd.norm_groups, ssd.norm_groups,
+      out_norm = {scan.squares,
+                  scan_squares_ / ssd.norm_groups,
+                  static_cast<int16_t>(ssd.norm_groups),
+                  0,
                   static_cast<float>(ssd.norm_groups) / static_cast<float>(ssd.inner()),
                   ssd.norm_eps};
       if (sends_squares) {
@@ -1178,7 +1297,9 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   // As with the activations, what the last pass left: of its last scan, and squares of any.
   if (HasSsd()) {
     used_up.push_back({0, at.scan_sent[other_sent], size_t{1} * rows * sent_bytes_});
-    if (sends_acts) used_up.push_back({0, at.sent_squares, kActPlaces * squares * sizeof(float)});
+    if (sends_acts) {
+      used_up.push_back({0, at.sent_squares, kActPlaces * (squares + quads) * sizeof(float)});
+    }
   }
   for (const UsedUp& sent : used_up) {
     CHECK(sent.op < ops.size() && sent.bytes % 16 == 0);
@@ -1201,6 +1322,8 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
     CHECK(!scan || ops[i - 1].kind == cuda::OpKind::kEmbed ||
           ops[i - 1].kind == cuda::OpKind::kResidual || ops[i - 1].kind == cuda::OpKind::kScan);
     CHECK(i + 4 < ops.size() || ops[i].barrier != 0);
+    CHECK(ops[i].strip_follows == 0 || (scan && ops[i].barrier == 0 && ops[i + 1].barrier == 0 &&
+                                        ops[i + 2].kind == cuda::OpKind::kScan));
   }
   CHECK(ops[0].barrier != 0);  // it makes ready what the next operator may send
   SetTurns(&ops, sends_acts);
@@ -1371,9 +1494,10 @@ absl::Status CudaDecoder<T>::Launch(CudaWorkspace& ws, int64_t* clocks) const {
     ws.last.vocab = spec_.info.vocab_size;
     ws.last.selections = cuda_.selections();
   }
+  const int cluster = ws.last_bucket == 0 && has_strips_ ? cuda::kStripBlocks : 1;
   RETURN_IF_CUDA_ERROR(cuda::LaunchPass<T>(mixers_, kBucketRows[ws.last_bucket],
-                                           cuda_.multiprocessors(), cuda_.shared_bytes(), ws.last,
-                                           ws.last_nodes, ws.last_commit, cuda_.stream()),
+                                           cuda_.multiprocessors(), cluster, cuda_.shared_bytes(),
+                                           ws.last, ws.last_nodes, ws.last_commit, cuda_.stream()),
                        "launching a pass");
   const std::array<int, 2>& turns = ws.turns[ws.last_bucket][ws.last.op_count];
   for (int i : {0, 1}) {
@@ -1662,6 +1786,7 @@ absl::StatusOr<std::vector<double>> CudaDecoder<T>::TimeProduct(const ProductSha
       cuda::Op op;
       op.kind = cuda::OpKind::kMatmul;
       op.matmul = p.matrix->op;
+      op.matmul.strips = nullptr;
       op.matmul.act =
           shape.in == spec_.info.hidden_size ? places.act_hidden[bucket] : places.acts[bucket];
       op.matmul.out = p.matrix == &head_ ? ws.logits : places.partials[0];

@@ -18,6 +18,7 @@
 #include "core/cuda/pass.h"
 #include "core/ops/matmul_cuda.cuh"
 #include "core/ops/rows_cuda.cuh"
+#include "core/ops/strip_cuda.cuh"
 #include "verify/tree_attention_cuda.cuh"
 #include "verify/tree_scan_cuda.cuh"
 
@@ -60,6 +61,8 @@ struct Op {
   // counter when they are: 0 where they do not tell, since barriers stand around it.
   int32_t counter = 0;
   int32_t turn = 0;
+  // Of a scan whether a strip of out_proj follows, with which a block goes on at once.
+  int32_t strip_follows = 0;
   Sent used_up[kMostUsedUp];
   // Of the input of the product before it, whose sums it reads (HelpRowFactors), or of a scan's own
   // product (MakeFactors).
@@ -75,6 +78,7 @@ struct Op {
     struct {
       MatmulOp out;
       ResidualOp residual;
+      int32_t number;  // of strips before it
     } sum;
     GatedOp gated;
     SelectOp select;
@@ -126,7 +130,7 @@ struct PassCommit {
 // activations there, then their factors.
 template <typename T>
 struct SharedLayout {
-  static constexpr int kSignals = 768;
+  static constexpr int kSignals = 512;
   static constexpr int kNodes = (sizeof(PassNodes) + 127) / 128 * 128;
   static constexpr int kOp = (sizeof(Op) + 15) / 16 * 16;
   static constexpr int kNodesAt = kSignals;
@@ -148,13 +152,17 @@ struct SharedLayout {
 // that would take registers from the rest.
 inline constexpr int kSsdMixers = 1, kAttentionMixers = 2;
 
-// rows: of the bucket, 8, 16, 32 or 64. shared_bytes: all that a block may have.
+// rows: of the bucket, 8, 16, 32 or 64. shared_bytes: all that a block may have. cluster: blocks of
+// a cluster, kStripBlocks where there are strips.
 template <typename T>
-cudaError_t LaunchPass(int mixers, int bucket_rows, int blocks, int shared_bytes,
+cudaError_t LaunchPass(int mixers, int bucket_rows, int blocks, int cluster, int shared_bytes,
                        const PassArguments& arguments, const PassNodes& nodes,
                        const PassCommit& commit, cudaStream_t stream);
 template <typename T>
 cudaError_t PreparePass(int mixers, int shared_bytes);
+// How many blocks of the smallest bucket's kernel the device runs at a time in such clusters.
+template <typename T>
+cudaError_t ClusteredBlocks(int mixers, int cluster, int shared_bytes, int* blocks);
 template <typename T>
 cudaError_t LaunchCommit(const CommitLayer<T>* layers, int layer_count, const CommitPath& path,
                          cudaStream_t stream);

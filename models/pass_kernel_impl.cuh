@@ -6,15 +6,12 @@ namespace canopy::cuda {
 
 // Warps that prepare operators.
 inline constexpr int kHelpers = 2;
-// Who tells the others of a block that its computing warps are done, a warp: the one that reads the
-// next operator's description.
-inline constexpr int kTellers = 32;
-// For racecheck all computing warps.
-inline constexpr int kFinishedArrivals = kRacecheck ? kConsumers : kTellers;
+// The first computing thread tells others that all are done with an operator, while the warp from
+// kReader on takes the next one's description. For racecheck all tell.
+inline constexpr int kReader = 32;
+inline constexpr int kFinishedArrivals = kRacecheck ? kConsumers : 1;
 
-// A barrier for each operator, of which two are used in turn: nobody is two operators ahead. Where
-// a warp arrives each of its lanes does, for itself: what a lane says for the others is right too,
-// but racecheck does not know it.
+// A barrier for each operator, of which two are used in turn: nobody is two operators ahead.
 struct Turns {
   uint64_t barriers[2];
 
@@ -22,6 +19,10 @@ struct Turns {
     for (uint64_t& barrier : barriers) BarrierInit(&barrier, arrivals);
   }
   __device__ void Arrive(int op) { BarrierArrive(&barriers[op & 1], 1); }
+  __device__ void ArriveWarp(int op) {
+    __syncwarp();
+    BarrierArriveWarp(&barriers[op & 1], 1);
+  }
   __device__ void Wait(int op) { BarrierWait(&barriers[op & 1], op >> 1 & 1); }
 };
 
@@ -37,6 +38,7 @@ struct Signals {
   RingPlace place;       // of the computing warps, for the next product
   RingPlace next_place;  // and behind the one that runs, while warps may still read the former
   uint64_t factored;     // of a scan: factors of its input's norm are there
+  uint64_t strip_sums;   // of a strip are there
   uint64_t began;        // by DeviceClock
 };
 
@@ -87,6 +89,12 @@ __device__ inline void TakePromised(const PassArguments& arguments, PassNodes& n
   nodes.token[row] = token < 0 || token >= arguments.vocab ? 0 : token;
 }
 
+// Whether a kernel has code for strips.
+template <typename T, int kRowTiles, int kMixers>
+constexpr bool HasStrips() {
+  return sizeof(T) == 2 && 8 * kRowTiles == kStripRows && (kMixers & kSsdMixers) != 0;
+}
+
 // What the computing warps do.
 template <typename T, int kRowTiles, int kMixers>
 __device__ __forceinline__ void Consume(const PassArguments& arguments, const PassCommit& commit,
@@ -96,18 +104,31 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
     arguments.clocks[0] = clock64();
   }
   // The operator moves to one place that never changes: else the compiler does not see that what it
-  // says is the same for all threads, and serialises wgmma.
-  const auto take_op = [&](int i) {
-    AwaitHelp(signals.helped, i);
-    if (threadIdx.x < kTellers) {
-      static_assert(Layout::kTurn % sizeof(uint4) == 0);
-      const uint4* from = reinterpret_cast<const uint4*>(shared + Layout::TurnAt(i));
+  // says is the same for all threads, and serialises wgmma. By a warp.
+  Turns* const helped = &signals.helped;
+  const auto copy_op = [=](int i) {
+    AwaitHelp(*helped, i);
+    static_assert(Layout::kTurn % sizeof(uint4) == 0);
+    const uint4* from = reinterpret_cast<const uint4*>(shared + Layout::TurnAt(i));
 #pragma unroll
-      for (int at = threadIdx.x; at < Layout::kTurn / 16; at += kTellers) {
-        reinterpret_cast<uint4*>(shared + Layout::kOpAt)[at] = from[at];
-      }
+    for (int at = threadIdx.x % 32; at < Layout::kTurn / 16; at += 32) {
+      reinterpret_cast<uint4*>(shared + Layout::kOpAt)[at] = from[at];
     }
+  };
+  const auto take_op = [&](int i) {
+    if (threadIdx.x / 32 == kReader / 32) copy_op(i);
     SyncThreads<kConsumers>();
+  };
+  const auto clock = [clocks = arguments.clocks](int i) {
+    if (clocks != nullptr && blockIdx.x == 0 && threadIdx.x == 0) clocks[i + 1] = clock64();
+  };
+  const auto tell_finished = [finished = &signals.finished](int i) {
+    if constexpr (kRacecheck) {
+      SyncThreads<kConsumers>();
+      finished->Arrive(i);
+    } else if (threadIdx.x == 0) {
+      finished->Arrive(i);
+    }
   };
   TakePromised(arguments, *reinterpret_cast<PassNodes*>(shared + Layout::kNodesAt));
   // Readers of the prefix stand behind the first operator's barrier.
@@ -146,6 +167,30 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
                              RingOf<T, kRowTiles>(arguments, shared), signals.place,
                              &signals.next_place, &signals.factored, factors, work);
         }
+        if constexpr (HasStrips<T, kRowTiles, kMixers>()) {
+          if (op.strip_follows != 0) {
+            // Described where it came to, in the meantime the operator behind it moves.
+            FenceProxyAsyncShared();
+            if (threadIdx.x / 32 == kReader / 32) AwaitHelp(*helped, i + 1);
+            SyncThreads<kConsumers>();
+            clock(i);
+            tell_finished(i);
+            ++i;
+            const Op& strip = *reinterpret_cast<const Op*>(shared + Layout::TurnAt(i));
+            float* const sums =
+                reinterpret_cast<float*>(SharedEnd(shared - arguments.ring.bytes()) -
+                                         StripSumBytes(strip.sum.out.strip_groups));
+            StripResidual(strip.sum.out, strip.sum.residual, nodes,
+                          RingOf<T, kRowTiles>(arguments, shared), signals.next_place,
+                          &signals.place, &signals.strip_sums, strip.sum.number, work, sums,
+                          [=] { copy_op(i + 1); });
+            FenceProxyAsyncShared();
+            SyncThreads<kConsumers>();
+            clock(i);
+            tell_finished(i);
+            continue;
+          }
+        }
         break;
       case OpKind::kAttentionInputs:
         if constexpr ((kMixers & kAttentionMixers) != 0) {
@@ -174,25 +219,17 @@ __device__ __forceinline__ void Consume(const PassArguments& arguments, const Pa
     // thread), and bulk copies may write its shared memory. A product has used what they write
     // alone, and has handed that on slot by slot.
     const bool all_blocks = op.barrier != 0;
+    const int counter = op.counter, turn = op.turn;
     if (op.kind != OpKind::kMatmul) FenceProxyAsyncShared();
     SyncThreads<kConsumers>();
-    if (threadIdx.x < kTellers) {
-      if (threadIdx.x == 0) {
-        signals.place = signals.next_place;
-        if (all_blocks) {
-          const Progress progress(arguments);
-          progress.Tell(op.counter);
-          progress.Await(op.counter, op.turn);
-        }
-        if (arguments.clocks != nullptr && blockIdx.x == 0) arguments.clocks[i + 1] = clock64();
-      }
-      __syncwarp();
-      if (!kRacecheck) signals.finished.Arrive(i);
+    if (threadIdx.x == 0 && all_blocks) {
+      const Progress progress(arguments);
+      progress.Tell(counter);
+      progress.Await(counter, turn);
     }
-    if constexpr (kRacecheck) {
-      SyncThreads<kConsumers>();
-      signals.finished.Arrive(i);
-    }
+    if (threadIdx.x == kReader) signals.place = signals.next_place;
+    clock(i);
+    tell_finished(i);
     if (i + 1 < arguments.op_count) take_op(i + 1);
   }
   // After the last operator's barrier.
@@ -286,8 +323,7 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
       if (turn > 0 && lane == 0) progress.Tell(counter);
       if (i == arguments.op_count) break;
       put(i + 1);
-      __syncwarp();
-      signals.copied.Arrive(i);
+      signals.copied.ArriveWarp(i);
       if (lane == 0) {
         if (turn > 0) progress.Await(counter, turn);
         signals.passed.Arrive(i);
@@ -329,8 +365,7 @@ __device__ __forceinline__ void Help(const PassArguments& arguments, const PassN
     if (helper == 0 && is_scan(i + 1)) {
       PrefetchScan<T>(op_at(i + 1).ssd.scan, nodes, store_of(i + 1));
     }
-    __syncwarp();
-    signals.helped.Arrive(i);
+    signals.helped.ArriveWarp(i);
     // While the operator before a scan multiplies, which needs none of that memory.
     if (helper == 1 && i >= 1 && is_scan(i + 1) && !scan) {
       signals.finished.Wait(i - 1);
@@ -358,10 +393,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       BarrierInit(&signals.acts_empty[i], kEmptyArrivals);
     }
     signals.finished.Init(kFinishedArrivals);
-    signals.copied.Init(32);
+    signals.copied.Init(kWarpArrivals);
     signals.passed.Init(1);
     BarrierInit(&signals.factored, kDones<kRowTiles>);
-    signals.helped.Init(32 * kHelpers + 1);  // and who brings activations
+    BarrierInit(&signals.strip_sums, 1);
+    signals.helped.Init(kWarpArrivals * kHelpers + 1);  // and who brings activations
     if constexpr (kRacecheck) {
       // Threads of each, as those that use them say; of kProductBarrier arrivals.
       const int threads[kWarpBarriers] = {1,          kConsumers, 1,          kEarly,    kEarly / 2,
@@ -387,7 +423,12 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       for (int i = 0; i < arguments.product_count; ++i) {
         // The next one's description comes while this one is streamed.
         const MatmulOp next = arguments.products[min(i + 1, arguments.product_count - 1)];
-        StreamWeights<T>(op, ring, policy);
+        if (HasStrips<T, kRowTiles, kMixers>()) FetchStripMap(next);
+        if (HasStrips<T, kRowTiles, kMixers>() && op.strips != nullptr) {
+          StreamStrip(op, ring, policy);
+        } else {
+          StreamWeights<T>(op, ring, policy);
+        }
         op = next;
       }
     } else if (streams(kConsumers + 32)) {
@@ -406,6 +447,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
         const MatmulOp later = arguments.products[min(i + 1, arguments.product_count - 1)];
         // In step with the others, by whose barriers it waits.
         arrive_before(op.index + 1);
+        // Who computes a strip brings its activations.
+        if (HasStrips<T, kRowTiles, kMixers>() && op.strips != nullptr) {
+          op = later;
+          continue;
+        }
         const auto await_finished = [&] {
           if (leads && op.index > 0) signals.finished.Wait(op.index - 1);
           SyncStream();
@@ -463,16 +509,46 @@ cudaError_t WithKernel(int mixers, int bucket_rows, const F& task) {
   }
 }
 
+// All blocks run at a time, in clusters of `cluster`.
+struct Launch {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attributes[2] = {};
+
+  Launch(int blocks, int cluster, int shared_bytes, cudaStream_t stream) {
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kBlockThreads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    config.numAttrs = cluster > 1 ? 2 : 1;
+  }
+  Launch(const Launch&) = delete;
+};
+
 template <typename T>
-cudaError_t LaunchPass(int mixers, int bucket_rows, int blocks, int shared_bytes,
+cudaError_t LaunchPass(int mixers, int bucket_rows, int blocks, int cluster, int shared_bytes,
                        const PassArguments& arguments, const PassNodes& nodes,
                        const PassCommit& commit, cudaStream_t stream) {
-  void* parameters[] = {const_cast<PassArguments*>(&arguments), const_cast<PassNodes*>(&nodes),
-                        const_cast<PassCommit*>(&commit)};
+  Launch launch(blocks, cluster, shared_bytes, stream);
   return WithKernel<T>(mixers, bucket_rows, [&](auto* kernel) {
-    return cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(kBlockThreads), parameters,
-                                       shared_bytes, stream);
+    return cudaLaunchKernelEx(&launch.config, kernel, arguments, nodes, commit);
   });
+}
+
+template <typename T>
+cudaError_t ClusteredBlocks(int mixers, int cluster, int shared_bytes, int* blocks) {
+  Launch launch(cluster, cluster, shared_bytes, nullptr);
+  int clusters = 0;
+  const cudaError_t error = WithKernel<T>(mixers, kStripRows, [&](auto* kernel) {
+    return cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
+  });
+  *blocks = clusters * cluster;
+  return error;
 }
 
 template <typename T>
@@ -503,9 +579,10 @@ cudaError_t LaunchFold(const CommitLayer<T>* layers, const FoldShape* shapes, in
 }
 
 #define CANOPY_INSTANTIATE_PASS(T)                                                                \
-  template cudaError_t LaunchPass<T>(int, int, int, int, const PassArguments&, const PassNodes&,  \
-                                     const PassCommit&, cudaStream_t);                            \
+  template cudaError_t LaunchPass<T>(int, int, int, int, int, const PassArguments&,               \
+                                     const PassNodes&, const PassCommit&, cudaStream_t);          \
   template cudaError_t PreparePass<T>(int, int);                                                  \
+  template cudaError_t ClusteredBlocks<T>(int, int, int, int*);                                   \
   template cudaError_t LaunchCommit<T>(const CommitLayer<T>*, int, const CommitPath&,             \
                                        cudaStream_t);                                             \
   template cudaError_t LaunchFold<T>(const CommitLayer<T>*, const FoldShape*, int, int, int, int, \

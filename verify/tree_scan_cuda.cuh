@@ -189,7 +189,7 @@ struct ScanLayout {
 
 #ifdef __CUDACC__
 
-#include "core/ops/rows_cuda.cuh"
+#include "core/ops/strip_cuda.cuh"
 
 namespace canopy::cuda {
 
@@ -528,6 +528,14 @@ __device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int w
                                             float* factors) {
   constexpr int kBatch = kRowTiles < 8 ? kRowTiles : 8;
   const int lane = threadIdx.x % 32;
+  if (8 * kRowTiles == kStripRows && norm.of_quads != 0) {
+#pragma unroll 1
+    for (int row = warp; row < rows; row += warps) {
+      const float factor = QuadFactor(norm, row);
+      if (lane == 0) factors[row] = factor;
+    }
+    return;
+  }
 #pragma unroll 1
   for (int first = warp; first < rows; first += kBatch * warps) {
     float sums[kBatch] = {};

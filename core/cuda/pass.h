@@ -169,7 +169,9 @@ struct Partials {
 struct RowNorm {
   const float* squares = nullptr;  // null: no norm, the factor is 1
   int count = 0;                   // parts of a group
-  int groups = 1;
+  int16_t groups = 1;
+  // Whether each part, of 128 columns, comes as the 32 sums of four columns that WarpSum adds.
+  int16_t of_quads = 0;
   float inverse_width = 0.0f;  // 1 / columns of a group
   float eps = 0.0f;
 };

@@ -16,6 +16,13 @@ __device__ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The end of the block's dynamic shared memory, which begins at `begin`.
+__device__ inline char* SharedEnd(char* begin) {
+  uint32_t bytes;
+  asm volatile("mov.u32 %0, %dynamic_smem_size;" : "=r"(bytes));
+  return begin + bytes;
+}
+
 // Barriers in shared memory (mbarrier): phases with a parity, completed by arrivals and by bytes.
 __device__ inline void BarrierInit(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)),
@@ -98,17 +105,50 @@ __device__ inline uint64_t EvictNormal() {
 #if __CUDA_ARCH__ >= 900
 inline constexpr int kStreamThreads = 1;
 __device__ inline void SyncStream() {}
-__device__ inline void StreamCopy(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
-                                  uint64_t policy) {
+// One arrival, and `bytes` that are to come.
+__device__ inline void BarrierExpect(uint64_t* barrier, uint32_t bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
       "r"(bytes)
       : "memory");
+}
+__device__ inline void StreamCopy(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                                  uint64_t policy) {
+  BarrierExpect(barrier, bytes);
   if (bytes == 0) return;
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1], %2, [%3], %4;" ::"r"(SharedAddress(to)),
       "l"(from), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+}
+// The box of a tensor map that begins at element x of row y, to 128-byte aligned shared memory; the
+// barrier, which expects them, is told of its bytes.
+#define CANOPY_HAS_CLUSTERS 1
+__device__ inline void StreamBox(void* to, const void* map, int x, int y, uint64_t* barrier,
+                                 uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(SharedAddress(to)),
+      "l"(map), "r"(x), "r"(y), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+}
+__device__ inline void PrefetchMap(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// Where something of this block's shared memory lies in that of the cluster's block `rank`, and a
+// store there, of which that block's barrier is told 4 bytes.
+__device__ inline uint32_t AddressIn(const void* at, uint32_t rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(SharedAddress(at)), "r"(rank));
+  return address;
+}
+__device__ inline void StoreIn(uint32_t to, float v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),
+      "f"(v), "r"(barrier)
       : "memory");
 }
 #else

@@ -140,6 +140,11 @@ struct MatmulOp {
   // (group_steps k-steps each). Elsewhere the reader does.
   RowNorm norm;
   int group_steps = 0;
+  // Where pairs of blocks take strips of it (core/ops/strip_cuda.cuh): a tensor map of the weights,
+  // groups of 8 outputs of a strip, k-steps of each part of K that are brought together.
+  const void* strips = nullptr;
+  int16_t strip_groups = 0;
+  int16_t strip_steps = 0;
 
   // Groups of four warps that have a unit of a tile.
   CANOPY_HOST_DEVICE int TileUnits() const { return (tile_blocks + kUnitBlocks - 1) / kUnitBlocks; }
@@ -686,7 +691,8 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
   const int warp = uniform(threadIdx.x / 32), group = warp / 4;
   const int lane = threadIdx.x % 32;
   const bool with_norm = !kOwn && op.norm.squares != nullptr;
-  const uint32_t arrivals = kConsumerWarps / 4 / uniform(op.TileUnits());
+  // Of the warp for itself, or for those of the groups that have no unit as well.
+  const uint32_t arrivals = group == 0 ? kMostTileUnits + 1 - uniform(op.TileUnits()) : 1;
   Ring ring = first;
   ring.slot = uniform(at.slot), ring.phase = uniform(at.phase);
   ring.act_slot = uniform(at.act_slot), ring.act_phase = uniform(at.act_phase);

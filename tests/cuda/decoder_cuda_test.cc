@@ -71,6 +71,17 @@ std::vector<Case> Cases() {
       {"ssd_wide_heads", {.kind = "ssd", .heads = 3, .head_dim = 72, .d_state = 33, .seed = 13}},
       {"ssd_published_head",
        {.kind = "ssd", .hidden = 256, .heads = 8, .head_dim = 64, .d_state = 128, .seed = 19}},
+      // Pairs of blocks take strips of out_proj, of one group of outputs and of five.
+      {"ssd_strips",
+       {.kind = "ssd", .hidden = 256, .layers = 4, .heads = 8, .head_dim = 64, .seed = 26}},
+      {"ssd_strips_of_five",
+       {.kind = "ssd",
+        .hidden = 2560,
+        .layers = 3,
+        .heads = 16,
+        .head_dim = 64,
+        .d_state = 128,
+        .seed = 27}},
       // More heads than multiprocessors: blocks take several of them.
       {"ssd_many_heads",
        {.kind = "ssd", .hidden = 64, .heads = 160, .head_dim = 64, .d_state = 64, .seed = 20}},

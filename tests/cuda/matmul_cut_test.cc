@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "core/ops/matmul_cuda.cuh"
+#include "core/ops/strip_cuda.cuh"
 #include "gtest/gtest.h"
 
 namespace canopy::cuda {
@@ -133,6 +135,36 @@ void ExpectRing(int row_tiles, int shared_bytes, bool scans, int slots, int slot
 }
 
 // By what a block has on compute capability 9.0 and 10.0, on 8.0, and on 8.6, 8.9 and 12.0.
+// The published sizes of Mamba-2: pairs of blocks have all columns, each once, and the runs of more
+// rows are the parts of strips.
+TEST(Strips, HaveAllColumnsAndThePartsOfRuns) {
+  constexpr int kGrid = 132, kPieceBytes = 20 << 10;
+  for (const auto& [outputs, inputs] :
+       {std::pair{768, 1536}, std::pair{1024, 2048}, std::pair{1536, 3072}, std::pair{2048, 4096},
+        std::pair{2560, 5120}}) {
+    const MatmulOp op = PlanStrips(outputs, inputs / 16, kGrid, kPieceBytes);
+    SCOPED_TRACE(outputs);
+    ASSERT_EQ(op.blocks * 16, outputs);
+    EXPECT_EQ(op.blocks % op.tile_blocks, 0);
+    EXPECT_EQ(op.tile_blocks * 2 % op.strip_groups, 0);  // a strip is in one tile
+    EXPECT_LE(outputs, kGrid / kStripBlocks * op.strip_groups * 8);
+    EXPECT_LE(StripPieceBytes(op), kPieceBytes);
+    EXPECT_EQ(op.quantum % op.strip_steps, 0);
+    EXPECT_EQ(op.quantum * kStripBlocks * kStripParts, op.k_steps);
+    const MatmulCut cut(op, kGrid);
+    for (int tile = 0; tile < op.blocks / op.tile_blocks; ++tile) {
+      EXPECT_EQ(cut.Splits(tile), kStripBlocks * kStripParts);
+    }
+    for (int run = 0; run < cut.runs; ++run) EXPECT_EQ(cut.First(run + 1) - cut.First(run), 1);
+  }
+  for (const auto& [outputs, inputs] :
+       {std::pair{2560, 5136}, std::pair{2576, 5120}, std::pair{4096, 8192}, std::pair{52, 160}}) {
+    EXPECT_EQ(PlanStrips(outputs, inputs / 16, kGrid, kPieceBytes).blocks, 0) << outputs;
+  }
+  EXPECT_EQ(PlanStrips(2560, 320, 64, kPieceBytes).blocks, 0);
+  EXPECT_EQ(PlanStrips(2560, 320, kGrid, 8 << 10).blocks, 0);
+}
+
 TEST(WeightRing, FollowsTheSharedMemory) {
   constexpr int kLarge = 227 << 10, kMiddle = 163 << 10, kSmall = 99 << 10;
   constexpr int kWhole = 32 << 10, kHalf = 16 << 10, kLong = 40 << 10;
