@@ -11,6 +11,9 @@
 // progress together.
 //
 // Bytes: weights once; activations rows * K / 2 * sizeof(T) for each block.
+//
+// What did not pay (docs/performance.md): half of the warps looking for activations while the scan
+// still ends, with k-steps read ahead of those that are multiplied.
 
 #ifndef CANOPY_CORE_OPS_STRIP_CUDA_CUH_
 #define CANOPY_CORE_OPS_STRIP_CUDA_CUH_
