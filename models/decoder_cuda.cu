@@ -230,6 +230,7 @@ class CudaDecoder final : public CudaModel {
   absl::StatusOr<std::vector<double>> Repeat(Workspace& workspace, int repetitions) const override;
   absl::StatusOr<std::vector<OperatorTime>> Breakdown(Workspace& workspace) const override;
   std::vector<ProductShape> Products() const override;
+  int StripLayers() const override;
   absl::StatusOr<std::vector<double>> TimeProduct(const ProductShape& shape, int rows,
                                                   int repetitions) const override;
 
@@ -318,7 +319,10 @@ class CudaDecoder final : public CudaModel {
   // whole: where the result is read as it is, and not from splits.
   cuda::MatmulOp Plan(int outputs, const Columns& columns, bool whole = false) const;
   // Of out_proj, cut so that few rows can take it in strips where these suit.
-  cuda::MatmulOp PlanOut(const cuda::ScanOp& scan, const Columns& columns) const;
+  cuda::MatmulOp PlanOut(size_t layer, const cuda::ScanOp& scan, const Columns& columns) const;
+  // Whether a layer is a scan that the next layer's follows at once: a strip goes on from one and
+  // is read by the other.
+  bool ScanFollows(size_t layer) const;
   bool StripsFit(const cuda::MatmulOp& op, const cuda::ScanOp& scan) const;
   absl::Status PrepareStrips();
   // Of early outputs and tiles of `tile_blocks` blocks.
@@ -435,9 +439,10 @@ bool CudaDecoder<T>::StripsFit(const cuda::MatmulOp& op, const cuda::ScanOp& sca
 }
 
 template <typename T>
-cuda::MatmulOp CudaDecoder<T>::PlanOut(const cuda::ScanOp& scan, const Columns& columns) const {
+cuda::MatmulOp CudaDecoder<T>::PlanOut(size_t layer, const cuda::ScanOp& scan,
+                                       const Columns& columns) const {
   const int hidden = spec_.info.hidden_size;
-  if (has_clusters_ && columns.groups == 1) {
+  if (has_clusters_ && columns.groups == 1 && ScanFollows(layer)) {
     const cuda::MatmulOp op = cuda::PlanStrips(hidden, columns.k_steps(), cuda_.multiprocessors(),
                                                rings_[0].slot_bytes / cuda::kPieces);
     if (StripsFit(op, scan)) return op;
@@ -445,17 +450,29 @@ cuda::MatmulOp CudaDecoder<T>::PlanOut(const cuda::ScanOp& scan, const Columns& 
   return Plan(hidden, columns);
 }
 
-// Makes the tensor maps for layers whose next one is a scan as well: a strip goes on from one and
-// is read by the other.
+template <typename T>
+bool CudaDecoder<T>::ScanFollows(size_t i) const {
+  const auto is_scan = [&](size_t k) {
+    return k < spec_.blocks.size() && std::holds_alternative<SsdSpec>(spec_.blocks[k].mixer);
+  };
+  return is_scan(i) && is_scan(i + 1) && !spec_.blocks[i].mlp;
+}
+
+template <typename T>
+int CudaDecoder<T>::StripLayers() const {
+  return static_cast<int>(std::count_if(layers_.begin(), layers_.end(), [](const Layer& layer) {
+    return layer.out.op.strips != nullptr;
+  }));
+}
+
+// Makes the tensor maps of layers whose out_proj is cut for strips.
 template <typename T>
 absl::Status CudaDecoder<T>::PrepareStrips() {
-  const auto is_scan = [&](size_t i) {
-    return i < spec_.blocks.size() && std::holds_alternative<SsdSpec>(spec_.blocks[i].mixer);
-  };
   std::vector<size_t> with;
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    if (is_scan(i) && is_scan(i + 1) && !spec_.blocks[i].mlp &&
-        StripsFit(layers_[i].out.op, layers_[i].scan)) {
+  for (size_t i = 0; i + 1 < layers_.size(); ++i) {
+    // What the next layer's scan reads comes to shared memory meanwhile.
+    if (ScanFollows(i) && StripsFit(layers_[i].out.op, layers_[i].scan) &&
+        StripsFit(layers_[i].out.op, layers_[i + 1].scan)) {
       with.push_back(i);
     }
   }
@@ -463,9 +480,15 @@ absl::Status CudaDecoder<T>::PrepareStrips() {
   // The driver's function, without linking to it.
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
   RETURN_IF_CUDA_ERROR(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
                                                         cudaEnableDefault, &found),
                        "looking for cuTensorMapEncodeTiled");
+#else
+  RETURN_IF_CUDA_ERROR(
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found),
+      "looking for cuTensorMapEncodeTiled");
+#endif
   if (found != cudaDriverEntryPointSuccess || function == nullptr) return absl::OkStatus();
   const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   std::vector<CUtensorMap> maps(with.size());
@@ -769,10 +792,10 @@ absl::Status CudaDecoder<T>::Prepare() {
                        "preparing the kernels");
   if (sizeof(T) == 2 && HasSsd() && cuda_.capability() >= 90) {
     int clustered = 0;
-    RETURN_IF_CUDA_ERROR(
-        cuda::ClusteredBlocks<T>(mixers_, cuda::kStripBlocks, cuda_.shared_bytes(), &clustered),
-        "asking for clusters");
-    has_clusters_ = clustered >= cuda_.multiprocessors();
+    has_clusters_ = cuda::ClusteredBlocks<T>(mixers_, cuda::kStripBlocks, cuda_.shared_bytes(),
+                                             &clustered) == cudaSuccess &&
+                    clustered >= cuda_.multiprocessors();
+    (void)cudaGetLastError();  // a device that does not say runs none
   }
   std::vector<cuda::FoldShape> folds;
   for (size_t i = 0; i < spec_.blocks.size(); ++i) {
@@ -851,7 +874,7 @@ absl::Status CudaDecoder<T>::Prepare() {
         ASSIGN_OR_RETURN(Buffer packed, PackScan(ssd, scan, out.padded_width(), first));
         layer.packed.push_back(std::move(packed));
       }
-      ASSIGN_OR_RETURN(layer.out, Upload(ssd.out_proj, out, PlanOut(scan, out)));
+      ASSIGN_OR_RETURN(layer.out, Upload(ssd.out_proj, out, PlanOut(i, scan, out)));
       ASSIGN_OR_RETURN(layer.out_bias, Upload(ssd.out_proj_bias, padded_hidden));
       mixed_steps_ = std::max(mixed_steps_, out.k_steps());
       const int squares = scan.norm_groups * scan.square_parts;

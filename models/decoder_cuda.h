@@ -44,6 +44,9 @@ class CudaModel : public LanguageModel {
   virtual absl::StatusOr<std::vector<OperatorTime>> Breakdown(Workspace& workspace) const = 0;
   // The shapes of the model's products.
   virtual std::vector<ProductShape> Products() const = 0;
+  // Layers whose output projection pairs of blocks take in strips with few rows
+  // (core/ops/strip_cuda.cuh).
+  virtual int StripLayers() const = 0;
   // Seconds of a product of that shape alone for `rows` rows, its barrier of the grid included, in
   // passes over the products of that shape in all layers (the weights of one come from memory).
   virtual absl::StatusOr<std::vector<double>> TimeProduct(const ProductShape& shape, int rows,

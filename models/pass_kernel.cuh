@@ -160,7 +160,8 @@ cudaError_t LaunchPass(int mixers, int bucket_rows, int blocks, int cluster, int
                        const PassCommit& commit, cudaStream_t stream);
 template <typename T>
 cudaError_t PreparePass(int mixers, int shared_bytes);
-// How many blocks of the smallest bucket's kernel the device runs at a time in such clusters.
+// How many blocks of the smallest bucket's kernel the device runs at a time in such clusters: 0 if
+// the code that the device has of it was made for a compute capability without them.
 template <typename T>
 cudaError_t ClusteredBlocks(int mixers, int cluster, int shared_bytes, int* blocks);
 template <typename T>

@@ -7,7 +7,8 @@ namespace canopy::cuda {
 // Warps that prepare operators.
 inline constexpr int kHelpers = 2;
 // The first computing thread tells others that all are done with an operator, while the warp from
-// kReader on takes the next one's description. For racecheck all tell.
+// kReader on takes the next one's description (behind a strip the first warp has done so by then).
+// For racecheck all tell.
 inline constexpr int kReader = 32;
 inline constexpr int kFinishedArrivals = kRacecheck ? kConsumers : 1;
 
@@ -545,6 +546,9 @@ cudaError_t ClusteredBlocks(int mixers, int cluster, int shared_bytes, int* bloc
   Launch launch(cluster, cluster, shared_bytes, nullptr);
   int clusters = 0;
   const cudaError_t error = WithKernel<T>(mixers, kStripRows, [&](auto* kernel) {
+    cudaFuncAttributes code;
+    const cudaError_t asked = cudaFuncGetAttributes(&code, kernel);
+    if (asked != cudaSuccess || code.ptxVersion < 90) return asked;
     return cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config);
   });
   *blocks = clusters * cluster;

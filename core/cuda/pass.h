@@ -9,7 +9,7 @@
 // compute and four that serve them: one streams weights, in an order that is fixed when the model
 // is loaded, into a ring of slots in shared memory and so runs ahead of the operators as far as the
 // ring is long; one brings activations once they are there; two prepare the operators that come
-// next.
+// next. With few rows pairs of blocks may do without some of this, see core/ops/strip_cuda.cuh.
 //
 // Activations that a matrix product reads are kept as the tensor cores want them:
 //   act [k_steps][rows of the bucket][16]   T, elements of a k-step in the order of ActIndex
@@ -163,9 +163,10 @@ struct Partials {
 };
 
 // RMSNorm of whole rows or of groups of a row, as sums of squares that are turned into one factor a
-// row and group: squares [rows][groups * count], f32. Up to 16 rows they are sent (kUnsent): who
-// reads them in the next operator waits for each, all others stand behind "all are done with the
-// last but one". Those of several groups are not, and a barrier stands behind who writes them.
+// row and group: squares [rows][groups * count], f32, or [rows][count * 32] (of_quads). Up to 16
+// rows they are sent (kUnsent): who reads them in the next operator waits for each, all others
+// stand behind "all are done with the last but one". Those of several groups are not, and a barrier
+// stands behind who writes them.
 struct RowNorm {
   const float* squares = nullptr;  // null: no norm, the factor is 1
   int count = 0;                   // parts of a group

@@ -122,9 +122,9 @@ __device__ inline void StreamCopy(void* to, const void* from, uint32_t bytes, ui
       "l"(from), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
       : "memory");
 }
+#define CANOPY_HAS_CLUSTERS 1
 // The box of a tensor map that begins at element x of row y, to 128-byte aligned shared memory; the
 // barrier, which expects them, is told of its bytes.
-#define CANOPY_HAS_CLUSTERS 1
 __device__ inline void StreamBox(void* to, const void* map, int x, int y, uint64_t* barrier,
                                  uint64_t policy) {
   asm volatile(

@@ -15,7 +15,8 @@ namespace canopy::cuda {
 inline constexpr int kGranule = 128;
 CANOPY_HOST_DEVICE constexpr int Granules(int k_steps) { return (k_steps * 16 + 127) / kGranule; }
 
-// Where a norm's input goes: act gets T(x * weight), squares the sums of squares, one a granule.
+// Where a norm's input goes: act gets T(x * weight), squares the sums of squares, one a
+// granule, or from strips one for four columns (RowNorm::of_quads).
 struct NormInput {
   const float* weight = nullptr;  // [padded columns], zero behind the last column
   void* act = nullptr;

@@ -26,7 +26,7 @@ namespace canopy::cuda {
 inline constexpr int kStripBlocks = 2;  // of a cluster
 inline constexpr int kStripParts = 4;   // of a block's half of K, for four warps each
 inline constexpr int kStripRows = 8;
-inline constexpr int kMostStripGroups = 8;
+inline constexpr int kMostStripGroups = 8;      // four warps of 16 columns
 inline constexpr int kStripStep = 4;            // k-steps that a warp takes at a time
 inline constexpr int kMostStripSteps = 320;     // of K, see StripResidual
 inline constexpr int kMostStripColumns = 2560;  // of the product, see QuadFactor
@@ -47,7 +47,8 @@ CANOPY_HOST_DEVICE constexpr int StripPieceBytes(const MatmulOp& op) {
 // A product of `outputs` and `k_steps` in strips, for `grid` blocks and pieces of `piece_bytes`;
 // blocks is 0 where its shape does not suit.
 inline MatmulOp PlanStrips(int outputs, int k_steps, int grid, int piece_bytes) {
-  constexpr int kParts = kStripBlocks * kStripParts, kTiles = kStripRows * 2;
+  // With eight parts of K each, 16 tiles are 128 runs: most devices have a few blocks more.
+  constexpr int kParts = kStripBlocks * kStripParts, kTiles = 16;
   MatmulOp op;
   op.strip_groups = static_cast<int16_t>((outputs / 8 + grid / 2 - 1) / (grid / 2));
   op.tile_blocks = outputs / 16 / kTiles;

@@ -445,6 +445,21 @@ INSTANTIATE_TEST_SUITE_P(Models, LongContexts, ::testing::ValuesIn(LongParams())
                          });
 
 // In f32 this state leaves no room for 64 rows.
+// So that the cases of strips test them where there are some: in all layers but the last.
+TEST_F(OnDevice, TakesStripsWhereTheyFit) {
+  if (cuda_ == nullptr) return;
+  const bool can = cuda_->capability() == 90 && cuda_->multiprocessors() >= 128;
+  for (const Case& c : Cases()) {
+    if (!c.name.starts_with("ssd_strips")) continue;
+    for (const DType dtype : {DType::kBF16, DType::kF32}) {
+      auto model = MakeCudaDecoder(*cuda_, MakeRandomSpec(*cpu_, c.options), dtype);
+      ASSERT_TRUE(model.ok()) << model.status();
+      EXPECT_EQ((*model)->StripLayers(), can && dtype == DType::kBF16 ? c.options.layers - 1 : 0)
+          << c.name;
+    }
+  }
+}
+
 TEST_F(OnDevice, LargeTreesAreSeveralPassesWhereAPassHasFewerRows) {
   RandomModelOptions options{.kind = "ssd", .d_state = 640, .seed = 23};
   const auto model = MakeCudaDecoder(*cuda_, MakeRandomSpec(*cpu_, options), DType::kF32);

@@ -134,7 +134,6 @@ void ExpectRing(int row_tiles, int shared_bytes, bool scans, int slots, int slot
   }
 }
 
-// By what a block has on compute capability 9.0 and 10.0, on 8.0, and on 8.6, 8.9 and 12.0.
 // The published sizes of Mamba-2: pairs of blocks have all columns, each once, and the runs of more
 // rows are the parts of strips.
 TEST(Strips, HaveAllColumnsAndThePartsOfRuns) {
@@ -165,6 +164,7 @@ TEST(Strips, HaveAllColumnsAndThePartsOfRuns) {
   EXPECT_EQ(PlanStrips(2560, 320, kGrid, 8 << 10).blocks, 0);
 }
 
+// By what a block has on compute capability 9.0 and 10.0, on 8.0, and on 8.6, 8.9 and 12.0.
 TEST(WeightRing, FollowsTheSharedMemory) {
   constexpr int kLarge = 227 << 10, kMiddle = 163 << 10, kSmall = 99 << 10;
   constexpr int kWhole = 32 << 10, kHalf = 16 << 10, kLong = 40 << 10;
