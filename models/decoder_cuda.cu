@@ -1100,7 +1100,7 @@ std::vector<cuda::Op> CudaDecoder<T>::Program(int bucket, const CudaWorkspace& w
   const size_t hidden_elements = HiddenInput(bucket);
   const size_t mixed_elements = size_t{1} * rows * mixed_steps_ * 16;
   const size_t squares = size_t{1} * rows * scan_squares_;
-  const size_t quads = bucket == 0 && has_strips_ ? QuadSquares() : 0;
+  const size_t quads = bucket == 0 ? QuadSquares() : 0;
   float* const sent_quads = at.sent_squares + kActPlaces * squares;
   T* hidden_acts[kActPlaces] = {at.act_hidden[bucket]};
   T* mixed_acts[kActPlaces];

@@ -346,6 +346,14 @@ struct Ring {
 
   __device__ char* weights() const { return slots + slot * shape.slot_bytes; }
   __device__ char* acts() const { return act_slots + act_slot * ActSlotBytes(row_tiles); }
+  // Waits until no more pieces are under way than may be with this one of the slot, which is empty.
+  // Returns the piece's number among all.
+  __device__ int AwaitPiecesBefore(int piece) const {
+    const int here = slot * kPieces + piece, before = here - shape.under_way;
+    BarrierWait(&weights_here[before < 0 ? before + shape.slots * kPieces : before],
+                before < 0 ? phase ^ 1 : phase);
+    return here;
+  }
   __device__ void NextWeights() {
     if (++slot == shape.slots) {
       slot = 0;
@@ -382,9 +390,7 @@ __device__ inline void StreamWeights(const MatmulOp& op, Ring& ring, uint64_t po
       if (LeadsStream()) ring.infos[ring.slot] = part;
 #pragma unroll 1
       for (int piece = 0; piece < kPieces; ++piece) {
-        const int here = ring.slot * kPieces + piece, before = here - ring.shape.under_way;
-        BarrierWait(&ring.weights_here[before < 0 ? before + ring.shape.slots * kPieces : before],
-                    before < 0 ? ring.phase ^ 1 : ring.phase);
+        const int here = ring.AwaitPiecesBefore(piece);
         const int bytes = min(max(left, 0), piece_bytes);
         StreamCopy(ring.weights() + piece * piece_bytes, from, bytes, &ring.weights_here[here],
                    policy);

@@ -185,6 +185,16 @@ __device__ inline void SendAct4(void* act, int bucket_rows, int row, int column,
   }
 }
 
+// What a product adds to the residual stream, and sums of squares of four columns: the same
+// expressions wherever they are made, for the same bits.
+__device__ inline float4 AddScaled(float4 x, float f, const float4& sum, const float4& bias) {
+  return make_float4(fmaf(f, sum.x, x.x) + bias.x, fmaf(f, sum.y, x.y) + bias.y,
+                     fmaf(f, sum.z, x.z) + bias.z, fmaf(f, sum.w, x.w) + bias.w);
+}
+__device__ inline float Squares4(const float4& x) {
+  return fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, x.x * x.x)));
+}
+
 // x [4] of a row becomes the next norm's input; w [4] of the norm's weights. All lanes of a warp
 // call it for a granule.
 template <typename T>
@@ -194,7 +204,7 @@ __device__ inline void WriteNormInput(const NormInput& next, int bucket_rows, in
     SendAct4<T>(next.act, bucket_rows, row, column,
                 make_float4(x.x * w.x, x.y * w.y, x.z * w.z, x.w * w.w));
   }
-  const float squares = WarpSum(fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, x.x * x.x))));
+  const float squares = WarpSum(Squares4(x));
   Send(next.squares + row * granules + column / kGranule, squares, column % kGranule == 0);
 }
 
@@ -267,8 +277,7 @@ __device__ __forceinline__ void Residual(const ResidualOp& shared_op, int produc
         while (partials.Unsent(splits, valid)) partials.Load(op.partials, row, column, true);
         float sum[4];
         partials.Finish(op.partials, row, column, splits, sum, valid);
-        x = make_float4(fmaf(f, sum[0], x.x) + bias.x, fmaf(f, sum[1], x.y) + bias.y,
-                        fmaf(f, sum[2], x.z) + bias.z, fmaf(f, sum[3], x.w) + bias.w);
+        x = AddScaled(x, f, make_float4(sum[0], sum[1], sum[2], sum[3]), bias);
         WriteNormInput<T>(op.next, kBucketRows, Granules(op.k_steps), active, row, column, x, w);
         partials.Unsend(op.partials, row, column, splits);
         StoreNew4(at, x, active);

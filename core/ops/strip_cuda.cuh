@@ -50,7 +50,8 @@ inline MatmulOp PlanStrips(int outputs, int k_steps, int grid, int piece_bytes) 
   // With eight parts of K each, 16 tiles are 128 runs: most devices have a few blocks more.
   constexpr int kParts = kStripBlocks * kStripParts, kTiles = 16;
   MatmulOp op;
-  op.strip_groups = static_cast<int16_t>((outputs / 8 + grid / 2 - 1) / (grid / 2));
+  const int pairs = grid / kStripBlocks;
+  op.strip_groups = static_cast<int16_t>((outputs / 8 + pairs - 1) / pairs);
   op.tile_blocks = outputs / 16 / kTiles;
   op.quantum = k_steps / kParts;
   if (outputs > kMostStripColumns || k_steps > kMostStripSteps || outputs % (16 * kTiles) != 0 ||
@@ -109,9 +110,7 @@ __device__ inline void StreamStrip(const MatmulOp& op, Ring& ring, uint64_t poli
     BarrierWait(&ring.weights_empty[ring.slot], ring.phase ^ 1);
 #pragma unroll 1
     for (int piece = 0; piece < kPieces; ++piece, k += op.strip_steps) {
-      const int here = ring.slot * kPieces + piece, before = here - ring.shape.under_way;
-      BarrierWait(&ring.weights_here[before < 0 ? before + ring.shape.slots * kPieces : before],
-                  before < 0 ? ring.phase ^ 1 : ring.phase);
+      const int here = ring.AwaitPiecesBefore(piece);
       const bool there = k < op.quantum;
       BarrierExpect(&ring.weights_here[here], there ? kStripParts * box_bytes : 0);
       char* to = ring.weights() + piece * piece_bytes;
@@ -273,13 +272,10 @@ __device__ __noinline__ void StripResidual(const MatmulOp& product, const Residu
       const float4 s = *reinterpret_cast<const float4*>(from + k * kStripRows * groups * 4);
       sum = make_float4(sum.x + s.x, sum.y + s.y, sum.z + s.z, sum.w + s.w);
     }
-    const float4 y =
-        make_float4(fmaf(f[i], sum.x, x[i].x) + bias.x, fmaf(f[i], sum.y, x[i].y) + bias.y,
-                    fmaf(f[i], sum.z, x[i].z) + bias.z, fmaf(f[i], sum.w, x[i].w) + bias.w);
+    const float4 y = AddScaled(x[i], f[i], sum, bias);
     SendAct4<T>(op.next.act, kStripRows, row, column,
                 make_float4(y.x * w.x, y.y * w.y, y.z * w.z, y.w * w.w));
-    Send(op.next.squares + row * Granules(op.k_steps) * 32 + column / 4,
-         fmaf(y.w, y.w, fmaf(y.z, y.z, fmaf(y.y, y.y, y.x * y.x))));
+    Send(op.next.squares + row * Granules(op.k_steps) * 32 + column / 4, Squares4(y));
     StoreNew4(x_at + i * x_stride, y);
   }
 #endif

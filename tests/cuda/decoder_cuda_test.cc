@@ -444,10 +444,8 @@ INSTANTIATE_TEST_SUITE_P(Models, LongContexts, ::testing::ValuesIn(LongParams())
                            return info.param.model.name + "_" + std::string(Name(info.param.dtype));
                          });
 
-// In f32 this state leaves no room for 64 rows.
 // So that the cases of strips test them where there are some: in all layers but the last.
 TEST_F(OnDevice, TakesStripsWhereTheyFit) {
-  if (cuda_ == nullptr) return;
   const bool can = cuda_->capability() == 90 && cuda_->multiprocessors() >= 128;
   for (const Case& c : Cases()) {
     if (!c.name.starts_with("ssd_strips")) continue;
@@ -460,6 +458,7 @@ TEST_F(OnDevice, TakesStripsWhereTheyFit) {
   }
 }
 
+// In f32 this state leaves no room for 64 rows.
 TEST_F(OnDevice, LargeTreesAreSeveralPassesWhereAPassHasFewerRows) {
   RandomModelOptions options{.kind = "ssd", .d_state = 640, .seed = 23};
   const auto model = MakeCudaDecoder(*cuda_, MakeRandomSpec(*cpu_, options), DType::kF32);
