@@ -16,7 +16,7 @@
 // multiply-adds in path order. The checkpoint is read once and nothing of it is written.
 //
 // What did not pay (docs/performance.md): tensor core products of several sums in turn, so that
-// none waits for the one before.
+// none waits for the one before; scores and state term by wgmma; to look for B before C is there.
 //
 // Both products run over the state in blocks of 32, of which a lane l holds the eight from
 // 8 (l % 4) on, so that operands are vectors in memory. Checkpoints S are stored as halves of first
