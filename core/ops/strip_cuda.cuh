@@ -13,8 +13,8 @@
 // Bytes: weights once; activations rows * K / 2 * sizeof(T) for each block.
 //
 // What did not pay (docs/performance.md): half of the warps looking for activations while the scan
-// still ends, with k-steps read ahead of those that are multiplied; 16 rows, whose activations come
-// in two batches and whose squares are 40 KB that every block reads.
+// still ends, with k-steps read ahead of those that are multiplied; strips of 16 rows, with
+// a smaller ring and with factors of the next norm that came late.
 
 #ifndef CANOPY_CORE_OPS_STRIP_CUDA_CUH_
 #define CANOPY_CORE_OPS_STRIP_CUDA_CUH_
