@@ -6,6 +6,7 @@
 #include <climits>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <span>
 #include <utility>
 
@@ -1434,6 +1435,7 @@ void CudaDecoder<T>::FillNodes(DecodeState& state, int rows, int first_pending, 
   nodes->attention = storage.attention.template as<float>();
   nodes->first_checkpoint = INT_MAX;
   nodes->last_checkpoint = 0;
+  std::fill(std::begin(nodes->below), std::end(nodes->below), 0);
   int deepest = 0;
   if (!chain) {
     ws.plan.BuildTree(state, first_pending, 0);
@@ -1451,8 +1453,7 @@ void CudaDecoder<T>::FillNodes(DecodeState& state, int rows, int first_pending, 
       length = static_cast<int>(path.size());
       for (int k = 0; k < length; ++k) nodes->path[i][k] = static_cast<uint8_t>(path[k]);
     }
-    nodes->path_mask[i] = 0;
-    for (int k = 0; k < length; ++k) nodes->path_mask[i] |= uint64_t{1} << nodes->path[i][k];
+    for (int k = 0; k < length; ++k) nodes->below[nodes->path[i][k]] |= uint64_t{1} << i;
     const int position = prefix + length - 1;
     nodes->token[i] = tokens[i].value;
     nodes->position[i] = position;

@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     signals.finished.Init(kFinishedArrivals);
     signals.copied.Init(kWarpArrivals);
     signals.passed.Init(1);
-    BarrierInit(&signals.factored, kDones<kRowTiles>);
+    BarrierInit(&signals.factored, kDones);
     BarrierInit(&signals.strip_sums, 1);
     signals.helped.Init(kWarpArrivals * kHelpers + 1);  // and who brings activations
     if constexpr (kRacecheck) {

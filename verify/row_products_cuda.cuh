@@ -84,24 +84,27 @@ __device__ __forceinline__ void SetSecond(FragmentB<T> (&fragments)[2], const Ro
   for (int e = 0; e < 4; ++e) rows.Set(fragments[e / 2], e % 2, e / 2, e % 2);
 }
 
-// Adds the products of a block of 32 columns of sixteen rows, or with kEight of eight, with the
-// eight of the second operand. low, high: the lane's vectors of rows l / 4 and l / 4 + 8.
-template <bool kEight, typename T>
-__device__ __forceinline__ void AddRowProducts(float (&sums)[4], const FragmentB<T> (&second)[2],
-                                               const T* low, const T* high) {
-  RowVector<T> low_vector, high_vector;
-  low_vector.Load(low);
-  if (!kEight) high_vector.Load(high);
-#pragma unroll
-  for (int step = 0; step < 2; ++step) {
+// A block of 32 columns of sixteen rows, or with kEight of eight, as the first operand: the lane's
+// vectors of rows l / 4 and l / 4 + 8.
+template <typename T, bool kEight>
+struct RowPair {
+  RowVector<T> low, high;
+
+  __device__ __forceinline__ void Load(const T* low_at, const T* high_at) {
+    low.Load(low_at);
+    if (!kEight) high.Load(high_at);
+  }
+  // Adds the products of k-step `step` of two with the eight rows of the second operand.
+  __device__ __forceinline__ void AddProducts(float (&sums)[4], const FragmentB<T> (&second)[2],
+                                              int step) const {
     FragmentA<T> first;
-    low_vector.Set(first, 0, step, 0);
-    high_vector.Set(first, 1, step, 0);
-    low_vector.Set(first, 2, step, 1);
-    high_vector.Set(first, 3, step, 1);
+    low.Set(first, 0, step, 0);
+    high.Set(first, 1, step, 0);
+    low.Set(first, 2, step, 1);
+    high.Set(first, 3, step, 1);
     Multiply(sums, first, second[step]);
   }
-}
+};
 
 }  // namespace canopy::cuda
 

@@ -335,9 +335,11 @@ __device__ __noinline__ void Attend(const AttentionOp& op, const PassNodes& node
 #pragma unroll
             for (int m = 0; m < kTiles; ++m) {
               if (m * 16 >= rows) break;
-              AddRowProducts<false>(products[m], second,
-                                    q + (m * 16 + octet) * q_stride + d + quad * 8,
-                                    q + (m * 16 + 8 + octet) * q_stride + d + quad * 8);
+              RowPair<T, false> q_rows;
+              q_rows.Load(q + (m * 16 + octet) * q_stride + d + quad * 8,
+                          q + (m * 16 + 8 + octet) * q_stride + d + quad * 8);
+#pragma unroll
+              for (int step = 0; step < 2; ++step) q_rows.AddProducts(products[m], second, step);
             }
           }
         }
@@ -353,7 +355,7 @@ __device__ __noinline__ void Attend(const AttentionOp& op, const PassNodes& node
             for (int high = 0; high < 2; ++high) {
               const int r = m * 16 + octet + high * 8;
               if (r >= rows) continue;
-              if (is_pending && !(nodes.path_mask[first_node + r / per_kv] >> k & 1)) continue;
+              if (is_pending && !(nodes.below[k] >> (first_node + r / per_kv) & 1)) continue;
               scores[r * kScoreStride + place] = products[m][high * 2 + half];
             }
           }

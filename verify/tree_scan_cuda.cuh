@@ -15,8 +15,9 @@
 // products of operands that hold every f32 bit; the sum over a path is one chain of fused
 // multiply-adds in path order. The checkpoint is read once and nothing of it is written.
 //
-// What did not pay (docs/performance.md): tensor core products of several sums in turn, so that
-// none waits for the one before; scores and state term by wgmma; to look for B before C is there.
+// What did not pay (docs/performance.md): scores and state term by wgmma; to look for B before C is
+// there; B of the pass's nodes through shared memory; B of two groups ahead, or two or three groups
+// of B at once; loops over blocks of states in the place of code laid out in full.
 //
 // Both products run over the state in blocks of 32, of which a lane l holds the eight from
 // 8 (l % 4) on, so that operands are vectors in memory. Checkpoints S are stored as halves of first
@@ -216,7 +217,7 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
   const int width = op.heads * op.padded_head;
   const int rows = nodes.rows, columns = op.sent_columns;
   // A thread has one column and every `step`-th row.
-  const int step = kThreads / columns;
+  const int step = RowOfItem(kThreads, columns);
   const int first_row = RowOfItem(thread, columns), own = thread - first_row * columns;
   const int column = FirstSentColumn(op) + own;
   const bool active = first_row < min(step, rows) && column < 2 * states + op.heads;
@@ -227,9 +228,9 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
 #pragma unroll 1
   for (int row = first_row; active && row < rows; row += step) {
     SumVector<1, kMostEarlySplits> sum;
-    do {
-      sum.Load(op.partials, row, column, true);
-    } while (sum.Unsent(splits));
+    sum.Load(op.partials, row, column, true);
+    while (sum.LoadMissing(op.partials, row, column, splits)) {
+    }
     const float value =
         fmaf(factors[row], FinishOne(sum, op.partials, row, column, splits), in_bias);
     if (is_dt) {
@@ -246,7 +247,7 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
   SyncWarps<kBarrier, kThreads>();
   const bool is_c = column >= states;
   const int state = is_c ? column - states : column;
-  const int group = op.groups == 1 ? 0 : state / op.d_state, n = state - group * op.d_state;
+  const int group = RowOfItem(state, op.d_state), n = state - group * op.d_state;
   const int at = group * op.padded_d_state + n;
   // The last column sends the zeros behind it.
   const int count = n + 1 < op.d_state ? 1 : op.padded_d_state - n;
@@ -274,11 +275,67 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
     if (!is_c) store.b[(kRing + nodes.first_pending + row) * b_width + at] = y;
     conv[(op.taps + nodes.first_pending + row) * op.channels] = value;
   }
+  __syncwarp();  // nobody goes on to wait for what others of the warp have yet to send
 #pragma unroll 1
   for (int row = first_row; active && row < rows; row += step) {
     SumVector<1, kMostEarlySplits>::Unsend(op.partials, row, column, splits);
   }
+  __syncwarp();
 }
+
+// Vectors of 16 bytes of B or C of the pass's nodes as other blocks send them: kBatch for each of
+// kThreads threads, from the `first`-th on, row by row.
+template <typename T, int kBatch, int kThreads>
+struct SentRows {
+  static constexpr int kPer16 = 16 / sizeof(T);
+  uint4 v[kBatch];
+
+  template <typename Task>
+  static __device__ __forceinline__ void ForEach(const ScanOp& op, int rows, int first,
+                                                 const Task& task) {
+    const int vectors = op.padded_d_state / kPer16;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int item = first + k * kThreads, row = RowOfItem(item, vectors);
+      task(k, row, item - row * vectors, row < rows);
+    }
+  }
+  // from: of the first row.
+  __device__ __forceinline__ void Ask(const ScanOp& op, const char* from, int rows, int first) {
+    ForEach(op, rows, first, [&](int k, int row, int at, bool there) {
+      v[k] = LoadSentBits(from + (row * op.sent_bytes + at * 16), there);
+    });
+  }
+  // Waits for the last 32, by each warp: with many rows all that is missing is too much to ask for
+  // again and again.
+  static __device__ __forceinline__ void AwaitSome(const ScanOp& op, const char* from, int rows,
+                                                   int lane) {
+    const int vectors = op.padded_d_state / kPer16, item = max(rows * vectors - 32, 0) + lane;
+    const int row = RowOfItem(item, vectors), at = item - row * vectors;
+    uint4 v;
+    do {
+      v = LoadSentBits(from + (row * op.sent_bytes + at * 16), row < rows);
+    } while (IsUnsent<T>(v));
+    __syncwarp();
+  }
+  // Once they have come, place(row, column) is where each goes.
+  template <typename Place>
+  __device__ __forceinline__ void Take(const ScanOp& op, const char* from, int rows, int first,
+                                       const Place& place) {
+    bool unsent;
+    do {
+      unsent = false;
+      ForEach(op, rows, first, [&](int k, int row, int at, bool) {
+        if (!IsUnsent<T>(v[k])) return;
+        v[k] = LoadSentBits(from + (row * op.sent_bytes + at * 16), true);
+        unsent = true;
+      });
+    } while (unsent);
+    ForEach(op, rows, first, [&](int k, int row, int at, bool there) {
+      if (there) *reinterpret_cast<uint4*>(place(row, at * kPer16)) = v[k];
+    });
+  }
+};
 
 template <int kCount>
 struct Vector {
@@ -569,13 +626,11 @@ __device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int w
 }
 
 // How often done() of ScanEarly is called.
-template <int kRowTiles>
-inline constexpr int kDones = kRacecheck ? (kRowTiles <= 2 ? kEarly / 2 : kEarly) : 1;
+inline constexpr int kDones = kRacecheck ? kEarly : 1;
 
-// What a tile's scan needs neither x nor z for. By the last kEarly computing threads, of which one
-// half makes the state term and the other log decays and scores; of few rows the other also makes
-// the rows' factors and sends B, C and dt, while the state is loaded. done() tells that factors are
-// there.
+// What a tile's scan needs neither x nor z for. By the last kEarly computing threads, which make
+// the rows' factors and send B, C and dt; then one half makes the state term and the other log
+// decays and scores. done() tells that factors are there.
 template <typename T, int kRowTiles, typename Done>
 __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nodes,
                                           const LayerStore<T>& store, const RowNorm& norm,
@@ -608,15 +663,165 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   const float* sent_staged = reinterpret_cast<const float*>(work + layout.packed + packed.sent);
   const float* sent_inputs = reinterpret_cast<const float*>(work + layout.sent_inputs);
   float* sent_raw = reinterpret_cast<float*>(work + layout.sent);
-  if (!kFew) {
-    MakeFactors<kRowTiles>(norm, rows, tid / 32, kEarlyWarps, factors);
-    SyncWarps<kAllBarrier, kEarly>();
-    if (kRacecheck || tid == 0) done();
-    if (sends) {
-      SendColumns<T, kAllBarrier, kEarly>(op, nodes, store, factors, tid, sent_staged, sent_inputs,
-                                          sent_raw);
-    }
+  MakeFactors<kRowTiles>(norm, rows, tid / 32, kEarlyWarps, factors);
+  SyncWarps<kAllBarrier, kEarly>();
+  if (kRacecheck || tid == 0) done();
+  if (sends) {
+    SendColumns<T, kAllBarrier, kEarly>(op, nodes, store, factors, tid, sent_staged, sent_inputs,
+                                        sent_raw);
   }
+  const bool one_checkpoint = nodes.first_checkpoint == nodes.last_checkpoint;
+  // Warps that have no groups of channels for terms help with scores, of more than a few rows.
+  constexpr bool kHelps = kRowTiles > 1;
+  const int term_warps = kHelps ? min(kHalfWarps, (tile.groups + 1) / 2) : kHalfWarps;
+  const int score_warps = kEarlyWarps - term_warps;
+  const int score_warp = !makes_terms         ? warp
+                         : warp >= term_warps ? kHalfWarps + warp - term_warps
+                                              : -1;
+  // Eight stored rows of B a warp at a time: of the prefix, then pending ones.
+  constexpr int kRingGroups = kRing / 8;
+  RowVector<T> b[kBlocksAhead];
+  const auto row_at = [&](int group) {
+    const int j = group * 8 + octet;
+    const T* sent = reinterpret_cast<const T*>(op.sent + (j - new_rows) * op.sent_bytes);
+    return (j >= new_rows ? sent : store.b + j * b_width) + (state_column + quad * 8);
+  };
+  const auto load_rows = [&](int group) {
+    const T* from = row_at(group);
+    const bool there = group * 8 + octet < end_rows;
+#pragma unroll
+    for (int k = 0; k < kBlocksAhead; ++k) b[k].LoadSent(from + k * 32, there && k * 32 < ds);
+  };
+  int ring_first = 0, ring_groups = 0, all_groups = 0;
+  const auto find_groups = [&] {
+    // Of the prefix those that no node reads are left out.
+    ring_first = nodes.first_checkpoint % kRing / 8;
+    ring_groups = (prefix - nodes.first_checkpoint + 7) / 8;
+    all_groups = ring_groups + (end_rows - kRing + 7) / 8;
+  };
+  if (kHelps) find_groups();
+  const auto group_of = [&](int i) {
+    return i < ring_groups ? (ring_first + i) % kRingGroups : kRingGroups + i - ring_groups;
+  };
+  // Scores C_i . B_j, and of few rows weights[i][position of j - checkpoint of i] =
+  // exp(difference of log decays) * score. Across the segment boundary the first segment's rest
+  // and the node's own part are added.
+  const auto make_scores = [&] {
+    constexpr int kRowBlocks = (kRows + 15) / 16;
+#pragma unroll 1
+    for (int i = score_warp; i < all_groups; i += score_warps) {
+      const int group = group_of(i);
+      const T* from = row_at(group);
+      const bool there = group * 8 + octet < end_rows;
+      float scores[kRowBlocks][4] = {};
+#pragma unroll 1
+      for (int first = 0; first < ds; first += 32 * kBlocksAhead) {
+        const auto load = [&] {
+#pragma unroll
+          for (int k = 0; k < kBlocksAhead; ++k) {
+            b[k].LoadSent(from + first + k * 32, there && first + k * 32 < ds);
+          }
+        };
+        const auto unsent = [&] {
+          bool is = false;
+#pragma unroll
+          for (int k = 0; k < kBlocksAhead; ++k) is |= b[k].Unsent();
+          return is && group * 8 + octet >= new_rows;
+        };
+        // Who helps has loaded none ahead of its first ones.
+        if (first > 0 || (makes_terms && i == score_warp)) load();
+        while (unsent()) load();
+        FragmentB<T> second[kBlocksAhead][2];
+#pragma unroll
+        for (int k = 0; k < kBlocksAhead; ++k) SetSecond(second[k], b[k]);
+        if (first + 32 * kBlocksAhead >= ds && i + score_warps < all_groups) {
+          load_rows(group_of(i + score_warps));
+        }
+#pragma unroll
+        for (int k = 0; k < kBlocksAhead; ++k) {
+          const int n = first + k * 32;
+          if (n >= ds) break;
+          constexpr int kInTurn = kRowBlocks < 2 ? 1 : 2;
+#pragma unroll
+          for (int m = 0; m < kRowBlocks; m += kInTurn) {
+            RowPair<T, kRows == 8> c_rows[kInTurn];
+#pragma unroll
+            for (int q = 0; q < kInTurn; ++q) {
+              const T* at = c + ((m + q) * 16 + octet) * c_stride + n + quad * 8;
+              c_rows[q].Load(at, at + 8 * c_stride);
+            }
+#pragma unroll
+            for (int step = 0; step < 2; ++step) {
+#pragma unroll
+              for (int q = 0; q < kInTurn; ++q) {
+                c_rows[q].AddProducts(scores[m + q], second[k], step);
+              }
+            }
+          }
+        }
+      }
+      int positions[2];   // of the lane's two stored rows, -1: none
+      uint64_t below[2];  // rows on whose paths they are
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int j = group * 8 + quad * 2 + half;
+        int position = -1;
+        below[half] = ~uint64_t{0};
+        if (j < kRing) {
+          // The latest position of the prefix that has this place in the ring.
+          position = (prefix - 1) / kRing * kRing + j;
+          if (position >= prefix) position -= kRing;
+        } else if (j < end_rows) {
+          position = prefix + nodes.depth[j - kRing];
+          below[half] = nodes.below[j - kRing];
+        }
+        positions[half] = position;
+      }
+      if (!kFew && one_checkpoint) {
+        // The same place for all rows; those that the pass does not have have places too.
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int place = positions[half] - nodes.first_checkpoint;
+          float* to = weights + octet * kWeightStride + place;
+          const uint64_t wanted = place < 0 ? 0 : below[half] >> octet;
+#pragma unroll
+          for (int n = 0; n < kRowTiles; ++n) {
+            if ((wanted >> (n * 8) & 1) == 0) continue;
+            to[n * 8 * kWeightStride] = scores[n / 2][n % 2 * 2 + half];
+          }
+        }
+        continue;
+      }
+#pragma unroll
+      for (int n = 0; n < kRowTiles; ++n) {
+        const int row = n * 8 + octet;
+        if (row >= rows) continue;
+        const int start = nodes.checkpoint[row];
+        const int segment = nodes.position[row] / kSegment * kSegment;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int position = positions[half];
+          const int j = group * 8 + quad * 2 + half;
+          if (position < start || (below[half] >> row & 1) == 0) continue;
+          const float score = scores[n / 2][n % 2 * 2 + half];
+          if constexpr (!kFew) {
+            weights[row * kWeightStride + position - start] = score;
+          } else {
+#pragma unroll 1
+            for (int h = 0; h < tile.heads; ++h) {
+              const float* decays = decay + h * kDecays;
+              const float node_decay = decays[new_rows + row];
+              const float exponent = position < segment
+                                         ? (boundary[h * kRows + row] - decays[j]) + node_decay
+                                         : node_decay - decays[j];
+              weights[(h * kRows + row) * kWeightStride + position - start] =
+                  score * expf(exponent);
+            }
+          }
+        }
+      }
+    }
+  };
   if (makes_terms) {
     if (!has_tile) return;
     // The state term S C_i with the checkpoint that node i reads: a warp has two groups of
@@ -638,42 +843,25 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) load_state(nodes.first_checkpoint, k, s[k]);
     {
-      // C as other blocks send it, some vectors of 16 bytes at a time.
-      constexpr int kPer16 = 16 / sizeof(T), kBatch = kRowTiles < 4 ? kRowTiles : 4;
-      const int vectors = ds / kPer16, end = rows * vectors;
+      using SentVectors = SentRows<T, kRowTiles, kHalf>;
       const char* from = op.sent + (b_width + state_column) * static_cast<int>(sizeof(T));
+      const int end = rows * (ds / SentVectors::kPer16);
+      if (kRowTiles == 8) SentVectors::AwaitSome(op, from, rows, lane);
 #pragma unroll 1
-      for (int first = tid; first < end; first += kBatch * kHalf) {
-        uint4 v[kBatch];
-        int at[kBatch];  // vector of its row
-        int row[kBatch];
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          const int item = first + k * kHalf;
-          row[k] = RowOfItem(item, vectors);
-          at[k] = item - row[k] * vectors;
-        }
-        bool unsent;
-        do {
-          unsent = false;
-#pragma unroll
-          for (int k = 0; k < kBatch; ++k) {
-            v[k] = LoadSentBits(from + (row[k] * op.sent_bytes + at[k] * 16), row[k] < rows);
-          }
-#pragma unroll
-          for (int k = 0; k < kBatch; ++k) unsent |= IsUnsent<T>(v[k]);
-        } while (unsent);
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          if (row[k] < rows) {
-            *reinterpret_cast<uint4*>(c + (row[k] * c_stride + at[k] * kPer16)) = v[k];
-          }
-        }
+      for (int first = tid; first < end; first += kRowTiles * kHalf) {
+        SentVectors vectors;
+        vectors.Ask(op, from, rows, first);
+        vectors.Take(op, from, rows, first,
+                     [&](int row, int column) { return c + (row * c_stride + column); });
       }
     }
-    ArriveWarps<kCHereBarrier, kEarly>();
-    SyncWarps<kTermBarrier, kHalf>();
-    const bool one_checkpoint = nodes.first_checkpoint == nodes.last_checkpoint;
+    if (score_warp < 0) {
+      ArriveWarps<kCHereBarrier, kEarly>();
+      SyncWarps<kTermBarrier, kHalf>();
+    } else {
+      ArriveWarps<kTermBarrier, kHalf>();
+      SyncWarps<kCHereBarrier, kEarly>();
+    }
 #pragma unroll 1
     for (int position = nodes.first_checkpoint;
          groups_left > 0 && position <= nodes.last_checkpoint; position += kSegment) {
@@ -695,16 +883,34 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
 #pragma unroll
         for (int k = 0; k + 1 < kAhead; ++k) s[k] = s[k + 1];
         load_state(position, block + kAhead, s[kAhead - 1]);
+        constexpr int kInTurn = kRowTiles < 4 ? kRowTiles : 4;
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          RowVector<T> from;
-          from.Load(c + (i * 8 + octet) * c_stride + block * 32 + quad * 8);
+        for (int i = 0; i < kRowTiles; i += kInTurn) {
+          RowVector<T> from[kInTurn];
+#pragma unroll
+          for (int q = 0; q < kInTurn; ++q) {
+            from[q].Load(c + ((i + q) * 8 + octet) * c_stride + block * 32 + quad * 8);
+          }
 #pragma unroll
           for (int step = 0; step < 2; ++step) {
-            FragmentB<T> fb;
-            from.Set(fb, 0, step, 0);
-            from.Set(fb, 1, step, 1);
-            Multiply(term[i], fa[step], fb);
+            FragmentB<T> fb[kInTurn];
+#pragma unroll
+            for (int q = 0; q < kInTurn; ++q) {
+              from[q].Set(fb[q], 0, step, 0);
+              from[q].Set(fb[q], 1, step, 1);
+            }
+            // As Multiply does, but several sums in turn, so that none waits for the one before.
+            if constexpr (sizeof(T) == 2) {
+#pragma unroll
+              for (int q = 0; q < kInTurn; ++q) Mma(term[i + q], fa[step].low, fb[q].r);
+#pragma unroll
+              for (int q = 0; q < kInTurn; ++q) Mma(term[i + q], fa[step].middle, fb[q].r);
+#pragma unroll
+              for (int q = 0; q < kInTurn; ++q) Mma(term[i + q], fa[step].high, fb[q].r);
+            } else {
+#pragma unroll
+              for (int q = 0; q < kInTurn; ++q) Multiply(term[i + q], fa[step], fb[q]);
+            }
           }
         }
       }
@@ -721,38 +927,9 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
     }
   } else {
     const int thread = tid - kHalf;
-    if (kFew) {
-      MakeFactors<kRowTiles>(norm, rows, warp, kHalfWarps, factors);
-      SyncWarps<kScoreBarrier, kHalf>();
-      if (kRacecheck || thread == 0) done();
-      if (sends) {
-        SendColumns<T, kScoreBarrier, kHalf>(op, nodes, store, factors, thread, sent_staged,
-                                             sent_inputs, sent_raw);
-      }
-    }
     if (!has_tile) return;
-    // Eight stored rows of B a warp at a time: of the prefix, then pending ones.
-    constexpr int kRingGroups = kRing / 8;
-    RowVector<T> b[kBlocksAhead];
-    const auto row_at = [&](int group) {
-      const int j = group * 8 + octet;
-      const T* sent = reinterpret_cast<const T*>(op.sent + (j - new_rows) * op.sent_bytes);
-      return (j >= new_rows ? sent : store.b + j * b_width) + (state_column + quad * 8);
-    };
-    const auto load_rows = [&](int group) {
-      const T* from = row_at(group);
-      const bool there = group * 8 + octet < end_rows;
-#pragma unroll
-      for (int k = 0; k < kBlocksAhead; ++k) b[k].LoadSent(from + k * 32, there && k * 32 < ds);
-    };
-    // Of the prefix those that no node reads are left out.
-    const int ring_first = nodes.first_checkpoint % kRing / 8;
-    const int ring_groups = (prefix - nodes.first_checkpoint + 7) / 8;
-    const int all_groups = ring_groups + (end_rows - kRing + 7) / 8;
-    const auto group_of = [&](int i) {
-      return i < ring_groups ? (ring_first + i) % kRingGroups : kRingGroups + i - ring_groups;
-    };
-    if (warp < all_groups) load_rows(group_of(warp));
+    if (!kHelps) find_groups();
+    if (score_warp < all_groups) load_rows(group_of(score_warp));
     {
       const int item = thread ^ (kHalf - 1), row = item / kMostTileHeads, h = item % kMostTileHeads;
       if (row < rows && h < tile.heads) {
@@ -802,97 +979,9 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
       }
     }
     SyncWarps<kCHereBarrier, kEarly>();
-
-    // Scores C_i . B_j, and of few rows weights[i][position of j - checkpoint of i] =
-    // exp(difference of log decays) * score. Across the segment boundary the first segment's rest
-    // and the node's own part are added.
-    constexpr int kRowBlocks = (kRows + 15) / 16;
-#pragma unroll 1
-    for (int i = warp; i < all_groups; i += kHalfWarps) {
-      const int group = group_of(i);
-      const T* from = row_at(group);
-      const bool there = group * 8 + octet < end_rows;
-      float scores[kRowBlocks][4] = {};
-#pragma unroll 1
-      for (int first = 0; first < ds; first += 32 * kBlocksAhead) {
-        const auto load = [&] {
-#pragma unroll
-          for (int k = 0; k < kBlocksAhead; ++k) {
-            b[k].LoadSent(from + first + k * 32, there && first + k * 32 < ds);
-          }
-        };
-        const auto unsent = [&] {
-          bool is = false;
-#pragma unroll
-          for (int k = 0; k < kBlocksAhead; ++k) is |= b[k].Unsent();
-          return is && group * 8 + octet >= new_rows;
-        };
-        if (first > 0) load();
-        while (unsent()) load();
-        FragmentB<T> second[kBlocksAhead][2];
-#pragma unroll
-        for (int k = 0; k < kBlocksAhead; ++k) SetSecond(second[k], b[k]);
-        if (first + 32 * kBlocksAhead >= ds && i + kHalfWarps < all_groups) {
-          load_rows(group_of(i + kHalfWarps));
-        }
-#pragma unroll
-        for (int k = 0; k < kBlocksAhead; ++k) {
-          const int n = first + k * 32;
-          if (n >= ds) break;
-#pragma unroll
-          for (int m = 0; m < kRowBlocks; ++m) {
-            AddRowProducts<kRows == 8>(scores[m], second[k],
-                                       c + (m * 16 + octet) * c_stride + n + quad * 8,
-                                       c + (m * 16 + 8 + octet) * c_stride + n + quad * 8);
-          }
-        }
-      }
-      int positions[2];  // of the lane's two stored rows, -1: none
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int j = group * 8 + quad * 2 + half;
-        int position = -1;
-        if (j < kRing) {
-          // The latest position of the prefix that has this place in the ring.
-          position = (prefix - 1) / kRing * kRing + j;
-          if (position >= prefix) position -= kRing;
-        } else if (j < end_rows) {
-          position = prefix + nodes.depth[j - kRing];
-        }
-        positions[half] = position;
-      }
-#pragma unroll
-      for (int n = 0; n < kRowTiles; ++n) {
-        const int row = n * 8 + octet;
-        if (row >= rows) continue;
-        const int start = nodes.checkpoint[row];
-        const int segment = nodes.position[row] / kSegment * kSegment;
-        const uint64_t mask = nodes.path_mask[row];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int position = positions[half];
-          const int j = group * 8 + quad * 2 + half;
-          const bool on_path = j < kRing || (mask >> ((j - kRing) & 63) & 1) != 0;
-          if (position < start || !on_path) continue;
-          const float score = scores[n / 2][n % 2 * 2 + half];
-          if constexpr (!kFew) {
-            weights[row * kWeightStride + position - start] = score;
-          } else {
-#pragma unroll 1
-            for (int h = 0; h < tile.heads; ++h) {
-              const float* decays = decay + h * kDecays;
-              const float node_decay = decays[new_rows + row];
-              const float exponent = position < segment
-                                         ? (boundary[h * kRows + row] - decays[j]) + node_decay
-                                         : node_decay - decays[j];
-              weights[(h * kRows + row) * kWeightStride + position - start] =
-                  score * expf(exponent);
-            }
-          }
-        }
-      }
-    }
+    if (!kHelps) make_scores();
   }
+  if (kHelps && score_warp >= 0) make_scores();
   if (kFew) {
     SyncWarps<kAllBarrier, kEarly>();
     AddPrefix<T, kRowTiles>(op, nodes, work, tile, tid, kEarly);
@@ -922,10 +1011,10 @@ __device__ __forceinline__ void KeepTile(const ScanOp& op, int rows, const float
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int row = n * 8 + quad * 2 + c;
-      if (row >= rows) continue;
+      if (kRowTiles == 1 && row >= rows) continue;
       const float factor = factors[row];
       raw[row * layout.stride] = fmaf(factor, sums[n][c], x_bias);
-      gates[row * layout.stride] = Silu(fmaf(factor, sums[n][2 + c], z_bias));
+      gates[row * layout.stride] = fmaf(factor, sums[n][2 + c], z_bias);
     }
   }
 }
@@ -1059,7 +1148,7 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
 #pragma unroll
       for (int v = 0; v < kVec; ++v) {
         if (v >= dims) continue;
-        const float value = __fmul_rn(fmaf(skip, x.v[v], y.v[v]), gate.v[v]);
+        const float value = __fmul_rn(fmaf(skip, x.v[v], y.v[v]), Silu(gate.v[v]));
         square[v] = __fmul_rn(value, value);
         out[v] = __fmul_rn(value, norm.v[v]);
       }

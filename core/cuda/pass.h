@@ -100,7 +100,7 @@ struct PassNodes {
   int32_t checkpoint[kMaxRows];      // position of the checkpoint that the node reads
   uint8_t path[kMaxRows][kMaxRows];  // pending nodes on the path to the node, itself last
   uint8_t depth[kMaxRows];           // of pending nodes, 0 under the prefix
-  uint64_t path_mask[kMaxRows];      // the same as a set
+  uint64_t below[kMaxRows];          // rows of this pass on whose paths a pending node is, as a set
   // Input `back` + 1 positions before the node: a row of this pass, or -1: none, or -2 - r: row r
   // of the conv store.
   int16_t taps[kMaxRows][kMaxTaps];

@@ -121,6 +121,19 @@ struct SumVector {
     for (int k = 0; k < kAhead; ++k) unsent |= k < splits && Unsent(v[k], valid);
     return unsent;
   }
+  // Asks again for those of the first `splits` that are not there; whether there were some.
+  __device__ bool LoadMissing(const Partials& p, int row, int column, int splits,
+                              int valid = kCount) {
+    const float* at = p.data + (row * p.ld + column);
+    bool missing = false;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const bool is = k < splits && Unsent(v[k], valid);
+      if (is) LoadAt(v[k], at + k * p.split_stride, true);
+      missing |= is;
+    }
+    return missing;
+  }
   // The sums, 0 behind the first `valid`. Unsend is to follow, when what is made of them is on its
   // way.
   __device__ void Finish(const Partials& p, int row, int column, int splits, float (&sum)[kCount],
