@@ -122,13 +122,12 @@ struct SumVector {
     return unsent;
   }
   // Asks again for those of the first `splits` that are not there; whether there were some.
-  __device__ bool LoadMissing(const Partials& p, int row, int column, int splits,
-                              int valid = kCount) {
+  __device__ bool LoadMissing(const Partials& p, int row, int column, int splits) {
     const float* at = p.data + (row * p.ld + column);
     bool missing = false;
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const bool is = k < splits && Unsent(v[k], valid);
+      const bool is = k < splits && Unsent(v[k], kCount);
       if (is) LoadAt(v[k], at + k * p.split_stride, true);
       missing |= is;
     }
