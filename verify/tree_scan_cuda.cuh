@@ -39,6 +39,7 @@ inline constexpr int kMostTileHeads = 2;
 // Of the computing warps the last ones, which in_proj's tiles leave free.
 inline constexpr int kEarlyWarps = kConsumerWarps / 2;
 inline constexpr int kEarly = 32 * kEarlyWarps;
+inline constexpr int kEarlyBarrier = 3;  // of them
 static_assert(2 * kMostGroups * kGroup / 64 * 4 <= kConsumerWarps - kEarlyWarps);
 
 // Channels of x, z and u: [heads][padded_head]; those of the convolution are x, B and C. A tile has
@@ -206,9 +207,9 @@ __device__ inline int FirstSentColumn(const ScanOp& op) {
 }
 
 // The block's columns of B, C and dt of all nodes, once their sums come: into the store and to all
-// blocks. By thread `thread` of kThreads, whose barrier is kBarrier. staged: rows of ScanPacked;
-// inputs: of the prefix, and raw: [rows][sent_columns], in shared memory.
-template <typename T, int kBarrier, int kThreads>
+// blocks. By thread `thread` of kEarly. staged: rows of ScanPacked; inputs: of the prefix, and raw:
+// [rows][sent_columns], in shared memory.
+template <typename T>
 __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& nodes,
                                             const LayerStore<T>& store, const float* factors,
                                             int thread, const float* staged, const float* inputs,
@@ -217,7 +218,7 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
   const int width = op.heads * op.padded_head;
   const int rows = nodes.rows, columns = op.sent_columns;
   // A thread has one column and every `step`-th row.
-  const int step = RowOfItem(kThreads, columns);
+  const int step = RowOfItem(kEarly, columns);
   const int first_row = RowOfItem(thread, columns), own = thread - first_row * columns;
   const int column = FirstSentColumn(op) + own;
   const bool active = first_row < min(step, rows) && column < 2 * states + op.heads;
@@ -244,7 +245,7 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
     }
   }
   __syncwarp();
-  SyncWarps<kBarrier, kThreads>();
+  SyncWarps<kEarlyBarrier, kEarly>();
   const bool is_c = column >= states;
   const int state = is_c ? column - states : column;
   const int group = RowOfItem(state, op.d_state), n = state - group * op.d_state;
@@ -283,7 +284,7 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
   __syncwarp();
 }
 
-// Vectors of 16 bytes of B or C of the pass's nodes as other blocks send them: kBatch for each of
+// Vectors of 16 bytes of C of the pass's nodes as other blocks send them: kBatch for each of
 // kThreads threads, from the `first`-th on, row by row.
 template <typename T, int kBatch, int kThreads>
 struct SentRows {
@@ -578,23 +579,23 @@ struct StateBlock {
   float4 v[2][2];
 };
 
-// Factors of the rows that the product read, by warp `warp` of `warps`, once the sums of squares
-// come.
+// Factors of the rows that the product read, by warp `warp` of kEarlyWarps, once the sums of
+// squares come.
 template <int kRowTiles>
-__device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int warp, int warps,
+__device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int warp,
                                             float* factors) {
   constexpr int kBatch = kRowTiles < 8 ? kRowTiles : 8;
   const int lane = threadIdx.x % 32;
   if (8 * kRowTiles == kStripRows && norm.of_quads != 0) {
 #pragma unroll 1
-    for (int row = warp; row < rows; row += warps) {
+    for (int row = warp; row < rows; row += kEarlyWarps) {
       const float factor = QuadFactor(norm, row);
       if (lane == 0) factors[row] = factor;
     }
     return;
   }
 #pragma unroll 1
-  for (int first = warp; first < rows; first += kBatch * warps) {
+  for (int first = warp; first < rows; first += kBatch * kEarlyWarps) {
     float sums[kBatch] = {};
 #pragma unroll 1
     for (int part = lane; part < PadTo(32, norm.count); part += 32) {
@@ -604,7 +605,7 @@ __device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int w
         unsent = false;
 #pragma unroll
         for (int n = 0; n < kBatch; ++n) {
-          const int row = first + n * warps;
+          const int row = first + n * kEarlyWarps;
           v[n] = LoadSent(norm.squares + row * norm.count + part, part < norm.count && row < rows);
           unsent |= SendsActs(8 * kRowTiles) && IsUnsent(v[n]);
         }
@@ -618,7 +619,7 @@ __device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int w
     if (lane == 0) {
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) {
-        const int row = first + n * warps;
+        const int row = first + n * kEarlyWarps;
         if (row < rows) factors[row] = rsqrtf(fmaf(sums[n], norm.inverse_width, norm.eps));
       }
     }
@@ -630,7 +631,7 @@ inline constexpr int kDones = kRacecheck ? kEarly : 1;
 
 // What a tile's scan needs neither x nor z for. By the last kEarly computing threads, which make
 // the rows' factors and send B, C and dt; then one half makes the state term and the other log
-// decays and scores. done() tells that factors are there.
+// decays and scores, with which the first one helps. done() tells that factors are there.
 template <typename T, int kRowTiles, typename Done>
 __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nodes,
                                           const LayerStore<T>& store, const RowNorm& norm,
@@ -638,7 +639,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   constexpr int kRows = 8 * kRowTiles;
   constexpr bool kFew = kRowTiles <= 2;
   constexpr int kHalf = kEarly / 2, kHalfWarps = kEarlyWarps / 2;
-  constexpr int kAllBarrier = 3, kTermBarrier = 4, kScoreBarrier = 5, kCHereBarrier = 6;
+  constexpr int kTermBarrier = 4, kScoreBarrier = 5, kCHereBarrier = 6;
   const int tid = threadIdx.x - (kConsumers - kEarly);
   const bool makes_terms = __shfl_sync(0xffffffffu, tid < kHalf, 0);
   const int lane = tid % 32, quad = lane % 4, octet = lane / 4;
@@ -663,15 +664,14 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   const float* sent_staged = reinterpret_cast<const float*>(work + layout.packed + packed.sent);
   const float* sent_inputs = reinterpret_cast<const float*>(work + layout.sent_inputs);
   float* sent_raw = reinterpret_cast<float*>(work + layout.sent);
-  MakeFactors<kRowTiles>(norm, rows, tid / 32, kEarlyWarps, factors);
-  SyncWarps<kAllBarrier, kEarly>();
+  MakeFactors<kRowTiles>(norm, rows, tid / 32, factors);
+  SyncWarps<kEarlyBarrier, kEarly>();
   if (kRacecheck || tid == 0) done();
   if (sends) {
-    SendColumns<T, kAllBarrier, kEarly>(op, nodes, store, factors, tid, sent_staged, sent_inputs,
-                                        sent_raw);
+    SendColumns<T>(op, nodes, store, factors, tid, sent_staged, sent_inputs, sent_raw);
   }
   const bool one_checkpoint = nodes.first_checkpoint == nodes.last_checkpoint;
-  // Warps that have no groups of channels for terms help with scores, of more than a few rows.
+  // Warps that have no groups of channels for terms help with scores of more than 8 rows.
   constexpr bool kHelps = kRowTiles > 1;
   const int term_warps = kHelps ? min(kHalfWarps, (tile.groups + 1) / 2) : kHalfWarps;
   const int score_warps = kEarlyWarps - term_warps;
@@ -983,16 +983,17 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   }
   if (kHelps && score_warp >= 0) make_scores();
   if (kFew) {
-    SyncWarps<kAllBarrier, kEarly>();
+    SyncWarps<kEarlyBarrier, kEarly>();
     AddPrefix<T, kRowTiles>(op, nodes, work, tile, tid, kEarly);
   } else if (WeightsEarly(kRowTiles)) {
-    SyncWarps<kAllBarrier, kEarly>();
+    SyncWarps<kEarlyBarrier, kEarly>();
     WeightScores<T, kRowTiles>(op, nodes, work, tile, tid, kEarly);
   }
 }
 
-// x before the convolution, and the gates, of the tile's sums as the product leaves them: a warp
-// has a block of 16 outputs, x, and 8 further z, of channel lane / 4 of its group.
+// x before the convolution, and the gates before activation, of the tile's sums as the product
+// leaves them: a warp has a block of 16 outputs, x, and 8 further z, of channel lane / 4 of its
+// group.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void KeepTile(const ScanOp& op, int rows, const float* factors,
                                          char* work, const float (&sums)[kRowTiles][4]) {
