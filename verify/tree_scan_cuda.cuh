@@ -671,7 +671,8 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
     SendColumns<T>(op, nodes, store, factors, tid, sent_staged, sent_inputs, sent_raw);
   }
   const bool one_checkpoint = nodes.first_checkpoint == nodes.last_checkpoint;
-  // Warps that have no groups of channels for terms help with scores of more than 8 rows.
+  // Warps that have no groups of channels for terms help with scores of more than 8 rows; of fewer
+  // it made passes longer (docs/performance.md).
   constexpr bool kHelps = kRowTiles > 1;
   const int term_warps = kHelps ? min(kHalfWarps, (tile.groups + 1) / 2) : kHalfWarps;
   const int score_warps = kEarlyWarps - term_warps;
@@ -899,14 +900,8 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
               from[q].Set(fb[q], 0, step, 0);
               from[q].Set(fb[q], 1, step, 1);
             }
-            // As Multiply does, but several sums in turn, so that none waits for the one before.
             if constexpr (sizeof(T) == 2) {
-#pragma unroll
-              for (int q = 0; q < kInTurn; ++q) Mma(term[i + q], fa[step].low, fb[q].r);
-#pragma unroll
-              for (int q = 0; q < kInTurn; ++q) Mma(term[i + q], fa[step].middle, fb[q].r);
-#pragma unroll
-              for (int q = 0; q < kInTurn; ++q) Mma(term[i + q], fa[step].high, fb[q].r);
+              MultiplyInTurn(term, i, fa[step], fb);
             } else {
 #pragma unroll
               for (int q = 0; q < kInTurn; ++q) Multiply(term[i + q], fa[step], fb[q]);
@@ -1012,6 +1007,7 @@ __device__ __forceinline__ void KeepTile(const ScanOp& op, int rows, const float
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int row = n * 8 + quad * 2 + c;
+      // Of more rows those that the pass does not have are kept as well; nobody reads them.
       if (kRowTiles == 1 && row >= rows) continue;
       const float factor = factors[row];
       raw[row * layout.stride] = fmaf(factor, sums[n][c], x_bias);

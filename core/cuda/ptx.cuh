@@ -566,6 +566,19 @@ __device__ inline void Multiply(float (&d)[4], const FragmentA<float>& a,
   Mma(d, a.middle, b.r);
   Mma(d, a.high, b.r);
 }
+// Sums from `first` on, of one first operand: each as Multiply makes it, but part by part of all,
+// so that none waits for the one before.
+template <int kSums, int kCount>
+__device__ __forceinline__ void MultiplyInTurn(float (&d)[kSums][4], int first,
+                                               const FragmentA<float>& a,
+                                               const FragmentB<__nv_bfloat16> (&b)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) Mma(d[first + i], a.low, b[i].r);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) Mma(d[first + i], a.middle, b[i].r);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) Mma(d[first + i], a.high, b[i].r);
+}
 // f32 times f32: the six products that reach into 24 bits, the smallest first.
 __device__ inline void Multiply(float (&d)[4], const FragmentA<float>& a,
                                 const FragmentB<float>& b) {

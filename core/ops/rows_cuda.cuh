@@ -121,7 +121,9 @@ struct SumVector {
     for (int k = 0; k < kAhead; ++k) unsent |= k < splits && Unsent(v[k], valid);
     return unsent;
   }
-  // Asks again for those of the first `splits` that are not there; whether there were some.
+  // Asks again for those of the first `splits` that are not there; whether there were some. Faster
+  // than Load for the few columns of a scan that a block sends, slower for residual sums of many
+  // rows (docs/performance.md).
   __device__ bool LoadMissing(const Partials& p, int row, int column, int splits) {
     const float* at = p.data + (row * p.ld + column);
     bool missing = false;
