@@ -502,38 +502,6 @@ __device__ inline void MultiplySteps(float (&sums)[kRowTiles][4], const float* w
   }
 }
 
-// Whether an own product takes its 64 rows as the first operand and a tile's outputs as the second.
-// Then four warps are enough for a tile, and tensor cores have less to do where a tile has no whole
-// units. A row's sums are the same bits, which tests compare with those of fewer rows.
-template <typename T>
-constexpr bool RowsFirst(int row_tiles) {
-#ifdef CANOPY_HAS_WGMMA
-  return sizeof(T) == 2 && row_tiles == 8;
-#else
-  return false;
-#endif
-}
-
-// The same with the rows as the first operand, of kTiles / 2 blocks side by side, of which those
-// behind `blocks` are of no use (what they read is of the ring or just behind it): lane l of warp w
-// holds rows 16 w + l / 4 and 8 more of outputs 8 n + 2 (l % 4) and 1 more.
-template <int kRowTiles, int kTiles>
-__device__ inline void MultiplyRows(float (&sums)[kTiles][4], const __nv_bfloat16* weights,
-                                    const __nv_bfloat16* acts, int steps, int blocks, bool fresh) {
-#ifdef CANOPY_HAS_WGMMA
-  WgmmaBegin(sums);
-  uint64_t a = WgmmaOperand(acts), b = WgmmaOperand(weights);
-  int add = fresh ? 0 : 1;
-  for (int step = 0; step < steps; ++step) {
-    Wgmma(sums, a, b, add);
-    add = 1;
-    a += kRowTiles * (256 >> 4);
-    b += blocks * (kBlockBytes<__nv_bfloat16> >> 4);
-  }
-  WgmmaEnd(sums);
-#endif
-}
-
 // The factor of a row and group of columns, by one warp; the same in all lanes. Loads first, so
 // that several factors' loads are under way together.
 struct RowFactor {
@@ -720,19 +688,17 @@ __device__ __forceinline__ void AwaitActs(const MatmulOp& op, const FirstActs& f
 // `next` where they are at the end. That must not be `at`, which slower warps may not have read.
 // With kOwn the sums of the last tile, if the block has one, stay in `sums`, and those of early
 // tiles alone are sent: see MultiplySteps.
-template <typename T, int kRowTiles, bool kOwn, int kTiles>
+template <typename T, int kRowTiles, bool kOwn>
 __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, const Ring& first,
                                               const RingPlace& at, RingPlace* next,
-                                              const float* factors, float (&sums)[kTiles][4]) {
-  constexpr bool kRowsFirst = kOwn && RowsFirst<T>(kRowTiles);
+                                              const float* factors, float (&sums)[kRowTiles][4]) {
   // What decides on the way to wgmma must be seen to be the same in a whole warp: hence shuffles.
   const auto uniform = [](auto value) { return __shfl_sync(0xffffffffu, value, 0); };
   const int warp = uniform(threadIdx.x / 32), group = warp / 4;
   const int lane = threadIdx.x % 32;
   const bool with_norm = !kOwn && op.norm.squares != nullptr;
   // Of the warp for itself, or for those of the groups that have no unit as well.
-  const int units = kRowsFirst ? 1 : uniform(op.TileUnits());
-  const uint32_t arrivals = group == 0 ? kMostTileUnits + 1 - units : 1;
+  const uint32_t arrivals = group == 0 ? kMostTileUnits + 1 - uniform(op.TileUnits()) : 1;
   Ring ring = first;
   ring.slot = uniform(at.slot), ring.phase = uniform(at.phase);
   ring.act_slot = uniform(at.act_slot), ring.act_phase = uniform(at.act_phase);
@@ -764,7 +730,7 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
       blocks = uniform(int{part.blocks});
       most = SlotSteps<T>(ring, blocks);
       // A group of warps whose unit the tile does not have computes nothing of use.
-      unit = kRowsFirst ? 0 : min(group, (blocks - 1) / kUnitBlocks);
+      unit = min(group, (blocks - 1) / kUnitBlocks);
       acts_left = 0;
       if (kPlacesFirst) place_sums();
     }
@@ -777,13 +743,10 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
         acts_left = ActSteps<T>(kRowTiles);
       }
       const int steps = min(in_slot, acts_left);
-      const T* acts = reinterpret_cast<const T*>(ring.acts()) +
-                      (ActSteps<T>(kRowTiles) - acts_left) * (kRowTiles * 128);
-      if constexpr (kRowsFirst) {
-        MultiplyRows<kRowTiles>(sums, weights, acts, steps, blocks, fresh);
-      } else {
-        MultiplySteps<kRowTiles>(sums, weights, acts, steps, blocks, fresh);
-      }
+      MultiplySteps<kRowTiles>(sums, weights,
+                               reinterpret_cast<const T*>(ring.acts()) +
+                                   (ActSteps<T>(kRowTiles) - acts_left) * (kRowTiles * 128),
+                               steps, blocks, fresh);
       fresh = false;
       weights += steps * blocks * 256;
       in_slot -= steps;
@@ -797,42 +760,29 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
     ring.NextWeights();
     if (left > 0) continue;
     end = uniform(int{part.end}) != 0;
-    if ((!kRowsFirst && warp >= blocks) || part.steps == 0) continue;
+    if (warp >= blocks || part.steps == 0) continue;
     if (kOwn && part.column >= op.late_column) continue;
-    if constexpr (kRowsFirst) {
-      if (!part.last) continue;
-      const int row = warp * 16 + lane / 4, column = part.column + lane % 4 * 2;
-      float* to = op.out + (part.split * op.split_stride + column + row * ld);
+    const float* group_factors = factors + part.group * kMaxRows + lane % 4 * 2;
+    if (grouped) {
+      if (part.first) Clear(totals);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int n = i / 4, half = i / 2 % 2, c = i % 2;
-        Send(to + (half * 8 * ld + n * 8 + c), sums[n][half * 2 + c],
-             row + half * 8 < rows && column + n * 8 + c < op.early_columns);
+      for (int i = 0; i < kRowTiles * 4; ++i) {
+        const int n = i / 4, e = i % 4;
+        totals[n][e] = fmaf(group_factors[n * 8 + e % 2], sums[n][e], totals[n][e]);
       }
-      continue;
-    } else {
-      const float* group_factors = factors + part.group * kMaxRows + lane % 4 * 2;
-      if (grouped) {
-        if (part.first) Clear(totals);
+    }
+    if (!part.last) continue;
+    if (!kPlacesFirst) place_sums();
 #pragma unroll
-        for (int i = 0; i < kRowTiles * 4; ++i) {
-          const int n = i / 4, e = i % 4;
-          totals[n][e] = fmaf(group_factors[n * 8 + e % 2], sums[n][e], totals[n][e]);
-        }
-      }
-      if (!part.last) continue;
-      if (!kPlacesFirst) place_sums();
+    for (int n = 0; n < kRowTiles; ++n) {
+      if (n * 8 >= rows) break;
 #pragma unroll
-      for (int n = 0; n < kRowTiles; ++n) {
-        if (n * 8 >= rows) break;
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const bool there = n * 8 + lane % 4 * 2 + c < rows;
-          const float factor = with_norm && !grouped ? group_factors[n * 8 + c] : 1.0f;
-          float* to = out + (n * 8 + c) * ld;
-          Send(to, grouped ? totals[n][c] : factor * sums[n][c], there && outputs > 0);
-          Send(to + 8, grouped ? totals[n][2 + c] : factor * sums[n][2 + c], there && outputs > 8);
-        }
+      for (int c = 0; c < 2; ++c) {
+        const bool there = n * 8 + lane % 4 * 2 + c < rows;
+        const float factor = with_norm && !grouped ? group_factors[n * 8 + c] : 1.0f;
+        float* to = out + (n * 8 + c) * ld;
+        Send(to, grouped ? totals[n][c] : factor * sums[n][c], there && outputs > 0);
+        Send(to + 8, grouped ? totals[n][2 + c] : factor * sums[n][2 + c], there && outputs > 8);
       }
     }
   }
