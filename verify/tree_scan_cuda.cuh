@@ -17,7 +17,8 @@
 //
 // What did not pay (docs/performance.md): scores and state term by wgmma; to look for B before C is
 // there; B of the pass's nodes through shared memory; B of two groups ahead, or two or three groups
-// of B at once; loops over blocks of states in the place of code laid out in full.
+// of B at once; loops over blocks of states in the place of code laid out in full; scores of 16 or
+// 32 rows made by one block each and sent to all.
 //
 // Both products run over the state in blocks of 32, of which a lane l holds the eight from
 // 8 (l % 4) on, so that operands are vectors in memory. Checkpoints S are stored as halves of first

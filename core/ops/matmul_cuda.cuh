@@ -24,9 +24,10 @@
 // registers at 64 rows; activations sent without a barrier for more than 16 rows; a pause between
 // looks for those that are sent, or two of them under way; a tile's slots dealt to two groups of
 // warps; a batch of wgmma under way while the next is begun; other amounts of weights under way, or
-// more of them while the ring is empty; pieces of 8 KiB and less; all of K of a few columns in a
-// block by copies of 2 KiB (boxes of a tensor map do, see strip_cuda.cuh); smaller slots of
-// activations for 64 rows, or twice as many.
+// more of them while the ring is empty; pieces of 8 KiB and less; slots of 42 KiB from 16 rows on,
+// whose k-steps are those of whole slots of activations; all of K of a few columns in a block by
+// copies of 2 KiB (boxes of a tensor map do, see strip_cuda.cuh); smaller slots of activations for
+// 64 rows, or twice as many.
 
 #ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
 #define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
