@@ -396,13 +396,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     signals.finished.Init(kFinishedArrivals);
     signals.copied.Init(kWarpArrivals);
     signals.passed.Init(1);
-    BarrierInit(&signals.factored, kDones);
+    BarrierInit(&signals.factored, Dones<T>(kRowTiles));
     BarrierInit(&signals.strip_sums, 1);
     signals.helped.Init(kWarpArrivals * kHelpers + 1);  // and who brings activations
     if constexpr (kRacecheck) {
       // Threads of each, as those that use them say; of kProductBarrier arrivals.
-      const int threads[kWarpBarriers] = {1,          kConsumers, 1,          kEarly,    kEarly / 2,
-                                          kEarly / 2, kEarly,     kConsumers, kConsumers};
+      constexpr int kEarly = 32 * EarlyWarps<T>(kRowTiles);
+      const int threads[kWarpBarriers] = {1,   kConsumers, 1,          kEarly,    kEarly - 128,
+                                          128, kEarly,     kConsumers, kConsumers};
       for (int i = 0; i < kWarpBarriers; ++i) BarrierInit(WarpBarriers() + i, threads[i]);
     }
     signals.place = signals.next_place = {};

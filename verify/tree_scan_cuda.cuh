@@ -3,13 +3,14 @@
 //
 // Blocks take a tile of channels of x, some groups of eight side by side, and make in_proj's x and
 // z of those themselves (an own product, core/ops/matmul_cuda.cuh): these never leave the block. B,
-// C and dt, that all blocks need, are the early part of that product. While two groups of warps
-// multiply, the two others do all that x and z are not needed for: each block sends a few columns
-// of B, C and dt to all, convolved and activated; then the log decays, scores C . B, the state term
-// S C, and the sum over the prefix's part of the path. With x and z come the convolution along
-// ancestors, the sum over the path's pending nodes, D skip, gate and the gated norm's weights.
-// Nobody waits for more than the numbers that he reads. A single node's scan ends in the registers
-// in which the product leaves x and z.
+// C and dt, that all blocks need, are the early part of that product. While one or two groups of
+// four warps multiply, the others do all that x and z are not needed for: each block sends a few
+// columns of B, C and dt to all, convolved and activated; then the log decays, scores C . B, the
+// state term S C, and the sum over the prefix's part of the path. With x and z come the convolution
+// along ancestors, the sum over the path's pending nodes, D skip, gate and the gated norm's
+// weights. Nobody waits for more than the numbers that he reads. Scores of 64 rows, of which each
+// block needs all, are made by one block each and sent, too. A single node's scan ends in the
+// registers in which the product leaves x and z.
 //
 // Products whose sum does not run over positions (C . B over the state, S C) are tensor core
 // products of operands that hold every f32 bit; the sum over a path is one chain of fused
@@ -18,7 +19,7 @@
 // What did not pay (docs/performance.md): scores and state term by wgmma; to look for B before C is
 // there; B of the pass's nodes through shared memory; B of two groups ahead, or two or three groups
 // of B at once; loops over blocks of states in the place of code laid out in full; scores of 16 or
-// 32 rows made by one block each and sent to all.
+// 32 rows made by one block each and sent to all; two rows a thread behind x and z.
 //
 // Both products run over the state in blocks of 32, of which a lane l holds the eight from
 // 8 (l % 4) on, so that operands are vectors in memory. Checkpoints S are stored as halves of first
@@ -27,6 +28,8 @@
 
 #ifndef CANOPY_VERIFY_TREE_SCAN_CUDA_CUH_
 #define CANOPY_VERIFY_TREE_SCAN_CUDA_CUH_
+
+#include <type_traits>
 
 #include "core/cuda/pass.h"
 #include "core/ops/matmul_cuda.cuh"
@@ -38,10 +41,11 @@ inline constexpr int kGroup = 8;       // channels
 inline constexpr int kMostGroups = 8;  // of a tile
 inline constexpr int kMostTileHeads = 2;
 // Of the computing warps the last ones, which in_proj's tiles leave free.
-inline constexpr int kEarlyWarps = kConsumerWarps / 2;
-inline constexpr int kEarly = 32 * kEarlyWarps;
+template <typename T>
+constexpr int EarlyWarps(int row_tiles) {
+  return kConsumerWarps - (RowsFirst<T>(row_tiles) ? 4 : 2 * kMostGroups * kGroup / 64 * 4);
+}
 inline constexpr int kEarlyBarrier = 3;  // of them
-static_assert(2 * kMostGroups * kGroup / 64 * 4 <= kConsumerWarps - kEarlyWarps);
 
 // Channels of x, z and u: [heads][padded_head]; those of the convolution are x, B and C. A tile has
 // `tile_groups` groups of them, the last of a group of heads fewer; in_proj makes x and z of a
@@ -69,8 +73,8 @@ struct ScanOp {
   float dt_min = 0.0f;
   float dt_max = 0.0f;
   int norm_groups = 1;
-  // B, C and dt as they are sent, see kUnsent: [kMaxRows] rows of sent_bytes bytes, of T [2][groups
-  // * padded_d_state] and f32 [heads].
+  // B, C, dt and scores as they are sent, see kUnsent: [kMaxRows] rows of sent_bytes bytes, of T
+  // [2][groups * padded_d_state] and f32 [heads] and [groups][kRing + kMaxRows].
   char* sent = nullptr;
   int sent_bytes = 0;   // a multiple of 16
   void* act = nullptr;  // out_proj's input, before the norm's factor
@@ -97,8 +101,13 @@ struct ScanOp {
 };
 
 template <typename T>
-CANOPY_HOST_DEVICE constexpr int SentBytes(int groups, int padded_d_state, int heads) {
+CANOPY_HOST_DEVICE constexpr int SentScoresAt(int groups, int padded_d_state, int heads) {
   return 2 * groups * padded_d_state * static_cast<int>(sizeof(T)) + PadTo(4, heads) * 4;
+}
+inline constexpr int kSentScores = kRing + kMaxRows;  // of a row and group
+template <typename T>
+CANOPY_HOST_DEVICE constexpr int SentBytes(int groups, int padded_d_state, int heads) {
+  return SentScoresAt<T>(groups, padded_d_state, heads) + groups * kSentScores * 4;
 }
 
 inline constexpr int kMostSentColumns = 64;
@@ -170,7 +179,7 @@ struct ScanLayout {
     pending_u = x + row_bytes;
     squares = pending_u + kMaxRows * channels * 4;
     const int late_end = squares + rows * kMostGroups * 4;
-    c = x > kActRingBytes ? x : kActRingBytes;
+    c = x > ActBytes(rows / 8) ? x : ActBytes(rows / 8);
     sent = c + rows * RowStride<T>(padded_d_state) * static_cast<int>(sizeof(T));
     const int early_end = sent + PadTo(4, rows * sent_columns) * 4;
     terms = early_end > late_end ? early_end : late_end;
@@ -208,9 +217,9 @@ __device__ inline int FirstSentColumn(const ScanOp& op) {
 }
 
 // The block's columns of B, C and dt of all nodes, once their sums come: into the store and to all
-// blocks. By thread `thread` of kEarly. staged: rows of ScanPacked; inputs: of the prefix, and raw:
-// [rows][sent_columns], in shared memory.
-template <typename T>
+// blocks. By thread `thread` of kThreads. staged: rows of ScanPacked; inputs: of the prefix, and
+// raw: [rows][sent_columns], in shared memory.
+template <typename T, int kThreads>
 __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& nodes,
                                             const LayerStore<T>& store, const float* factors,
                                             int thread, const float* staged, const float* inputs,
@@ -219,7 +228,7 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
   const int width = op.heads * op.padded_head;
   const int rows = nodes.rows, columns = op.sent_columns;
   // A thread has one column and every `step`-th row.
-  const int step = RowOfItem(kEarly, columns);
+  const int step = RowOfItem(kThreads, columns);
   const int first_row = RowOfItem(thread, columns), own = thread - first_row * columns;
   const int column = FirstSentColumn(op) + own;
   const bool active = first_row < min(step, rows) && column < 2 * states + op.heads;
@@ -246,7 +255,7 @@ __device__ __forceinline__ void SendColumns(const ScanOp& op, const PassNodes& n
     }
   }
   __syncwarp();
-  SyncWarps<kEarlyBarrier, kEarly>();
+  SyncWarps<kEarlyBarrier, kThreads>();
   const bool is_c = column >= states;
   const int state = is_c ? column - states : column;
   const int group = RowOfItem(state, op.d_state), n = state - group * op.d_state;
@@ -537,10 +546,6 @@ __device__ __forceinline__ void AddPrefix(const ScanOp& op, const PassNodes& nod
   }
 }
 
-// Whether few enough rows' scores, of those that are not weighted where they are made, are there
-// before x and z, so that who has made them has time to weight them.
-CANOPY_HOST_DEVICE constexpr bool WeightsEarly(int row_tiles) { return row_tiles == 4; }
-
 // Makes weights of what were scores so far, by thread `thread` of `threads`.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void WeightScores(const ScanOp& op, const PassNodes& nodes, char* work,
@@ -575,28 +580,211 @@ __device__ __forceinline__ void WeightScores(const ScanOp& op, const PassNodes& 
   }
 }
 
+// Whether each block makes some scores and sends them to all, instead of all of its own. That is
+// one hop more, and pays with many rows alone.
+template <typename T>
+constexpr bool SharesScores(int row_tiles) {
+  return RowsFirst<T>(row_tiles);
+}
+
+// Stored rows of B that nodes of the pass read, in groups of eight: of the prefix, then pending.
+struct StoredGroups {
+  static constexpr int kRingGroups = kRing / 8;
+  int ring_first, ring_groups, all;
+
+  // Of the prefix those that no node reads are left out.
+  __device__ __forceinline__ static StoredGroups Of(const PassNodes& nodes) {
+    const int ring_groups = (nodes.prefix - nodes.first_checkpoint + 7) / 8;
+    return {nodes.first_checkpoint % kRing / 8, ring_groups,
+            ring_groups + (nodes.first_pending + nodes.rows + 7) / 8};
+  }
+  __device__ __forceinline__ int operator[](int i) const {
+    return i < ring_groups ? (ring_first + i) % kRingGroups : kRingGroups + i - ring_groups;
+  }
+};
+
+// The block's part of the scores C_i . B_j, by one warp: of 16 rows and eight stored rows at a
+// time.
+template <typename T, int kRowTiles>
+__device__ __forceinline__ void SendScores(const ScanOp& op, const PassNodes& nodes,
+                                           const LayerStore<T>& store) {
+  constexpr int kRowBlocks = kRowTiles / 2, kAhead = sizeof(T) == 2 ? kBlocksAhead : 1;
+  const int lane = threadIdx.x % 32, quad = lane % 4, octet = lane / 4;
+  const int ds = op.padded_d_state, b_width = op.groups * ds, rows = nodes.rows;
+  const int new_rows = kRing + nodes.first_pending, end_rows = new_rows + rows;
+  const StoredGroups stored = StoredGroups::Of(nodes);
+  const int scores_at = SentScoresAt<T>(op.groups, ds, op.heads);
+#pragma unroll 1
+  for (int task = blockIdx.x; task < op.groups * stored.all * kRowBlocks; task += gridDim.x) {
+    const int m = task % kRowBlocks, i = task / kRowBlocks, state_group = i / stored.all;
+    const int group = stored[i - state_group * stored.all], j = group * 8 + octet;
+    if (m * 16 >= rows) continue;
+    const T* sent_b = reinterpret_cast<const T*>(op.sent + (j - new_rows) * op.sent_bytes);
+    const T* b_from =
+        (j >= new_rows ? sent_b : store.b + j * b_width) + state_group * ds + quad * 8;
+    const bool b_there = j < end_rows, b_sent = j >= new_rows && b_there;
+    const int low = m * 16 + octet, high = low + 8;
+    const T* c_low = reinterpret_cast<const T*>(op.sent + low * op.sent_bytes) + b_width +
+                     state_group * ds + quad * 8;
+    const T* c_high = reinterpret_cast<const T*>(op.sent + high * op.sent_bytes) + b_width +
+                      state_group * ds + quad * 8;
+    float scores[4] = {};
+#pragma unroll 1
+    for (int first = 0; first < ds; first += 32 * kAhead) {
+      RowVector<T> b[kAhead];
+      RowPair<T, false> c[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int n = first + k * 32;
+        b[k].LoadSent(b_from + n, b_there && n < ds);
+        c[k].low.LoadSent(c_low + n, low < rows && n < ds);
+        c[k].high.LoadSent(c_high + n, high < rows && n < ds);
+      }
+      bool unsent;
+      do {
+        unsent = false;
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+          const int n = first + k * 32;
+          if (b_sent && b[k].Unsent()) b[k].LoadSent(b_from + n, true), unsent = true;
+          if (c[k].low.Unsent()) c[k].low.LoadSent(c_low + n, true), unsent = true;
+          if (c[k].high.Unsent()) c[k].high.LoadSent(c_high + n, true), unsent = true;
+        }
+      } while (unsent);
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        if (first + k * 32 >= ds) break;
+        FragmentB<T> second[2];
+        SetSecond(second, b[k]);
+#pragma unroll
+        for (int step = 0; step < 2; ++step) c[k].AddProducts(scores, second, step);
+      }
+    }
+    float* to = reinterpret_cast<float*>(op.sent + low * op.sent_bytes + scores_at) +
+                state_group * kSentScores + group * 8 + quad * 2;
+    if (low < rows) Send2(to, scores[0], scores[1]);
+    if (high < rows) Send2(to + 8 * op.sent_bytes / 4, scores[2], scores[3]);
+  }
+  __syncwarp();
+}
+
+// Weights of the tile's heads from scores as they come, four positions at a time:
+// weights[i][position of j - checkpoint of i] = exp(difference of log decays) * score, as
+// WeightScores makes them. By thread `thread` of kThreads.
+template <typename T, int kRowTiles, int kThreads>
+__device__ __forceinline__ void WeightSentScores(const ScanOp& op, const PassNodes& nodes,
+                                                 char* work, const ScanTile& tile, int thread) {
+  constexpr int kRows = 8 * kRowTiles, kBatch = 3;
+  const int rows = nodes.rows, prefix = nodes.prefix;
+  const int new_rows = kRing + nodes.first_pending;
+  const ScanLayout<T> layout(kRows, op.padded_d_state, op.sent_columns, op.tile_groups * kGroup);
+  float* weights = reinterpret_cast<float*>(work + layout.weights);
+  const float* boundary = reinterpret_cast<const float*>(work + layout.boundary);
+  const float* decay = reinterpret_cast<const float*>(work + layout.decay);
+  const char* sent = op.sent + SentScoresAt<T>(op.groups, op.padded_d_state, op.heads) +
+                     tile.state_group * kSentScores * 4;
+  // Four positions from a node's checkpoint to the node are an item.
+  const int most = min(kRing, nodes.deepest - nodes.first_checkpoint + 1);
+  const int each = (most + 3) / 4, items = rows * each;
+  // By all threads, so that warps come back together.
+#pragma unroll 1
+  for (int at = 0; at < items; at += kBatch * kThreads) {
+    const int first = at + thread;
+    float score[kBatch][4];
+    int place[kBatch];        // in weights of the first head
+    int stored[kBatch] = {};  // stored rows, one in each byte
+    const auto ask = [&](int n, bool all) {
+      const float* from = reinterpret_cast<const float*>(
+          sent + RowOfItem(first + n * kThreads, each) * op.sent_bytes);
+      const uint32_t j = stored[n];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = j >> (8 * e) & 0xff;
+        if (all || IsUnsent(score[n][e])) score[n][e] = LoadSent(from + row, row != 0xff);
+      }
+    };
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int item = first + n * kThreads, row = RowOfItem(item, each);
+      const int k = (item - row * each) * 4;
+      const bool there = item < items;
+      const int start = there ? nodes.checkpoint[row] : 0, t = there ? nodes.position[row] : -1;
+      uint32_t bytes = 0;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int position = start + k + e;
+        uint32_t j = 0xff;
+        if (position <= t) {
+          j = position < prefix ? position % kRing : kRing + nodes.path[row][position - prefix];
+        }
+        bytes |= j << (8 * e);
+      }
+      place[n] = row * kWeightStride + k;
+      stored[n] = bytes;
+      ask(n, true);
+    }
+    bool unsent;
+    do {
+      unsent = false;
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) {
+        bool missing = false;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) missing |= IsUnsent(score[n][e]);
+        if (missing) ask(n, false), unsent = true;
+      }
+    } while (unsent);
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      if (first + n * kThreads >= items) break;
+      const int row = RowOfItem(first + n * kThreads, each);
+      const int position = nodes.checkpoint[row] + place[n] % kWeightStride;
+      const bool before = position < nodes.position[row] / kSegment * kSegment;
+#pragma unroll
+      for (int h = 0; h < kMostTileHeads; ++h) {
+        if (h >= tile.heads) continue;
+        const float* decays = decay + h * kDecays;
+        const float node_decay = decays[new_rows + row];
+        const float at_boundary = boundary[h * kRows + row];
+        float w[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int j = static_cast<uint32_t>(stored[n]) >> (8 * e) & 0xff;
+          const float l = j == 0xff ? 0.0f : decays[j];
+          const float exponent = before ? (at_boundary - l) + node_decay : node_decay - l;
+          w[e] = score[n][e] * expf(exponent);
+        }
+        *reinterpret_cast<float4*>(weights + h * kRows * kWeightStride + place[n]) =
+            make_float4(w[0], w[1], w[2], w[3]);
+      }
+    }
+  }
+}
+
 // Two rows of a first operand's halves of S in a block of 32 states, by step and half.
 struct StateBlock {
   float4 v[2][2];
 };
 
-// Factors of the rows that the product read, by warp `warp` of kEarlyWarps, once the sums of
-// squares come.
-template <int kRowTiles>
+// Factors of the rows that the product read, by warp `warp` of kWarps, once the sums of squares
+// come.
+template <int kRowTiles, int kWarps>
 __device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int warp,
                                             float* factors) {
   constexpr int kBatch = kRowTiles < 8 ? kRowTiles : 8;
   const int lane = threadIdx.x % 32;
   if (8 * kRowTiles == kStripRows && norm.of_quads != 0) {
 #pragma unroll 1
-    for (int row = warp; row < rows; row += kEarlyWarps) {
+    for (int row = warp; row < rows; row += kWarps) {
       const float factor = QuadFactor(norm, row);
       if (lane == 0) factors[row] = factor;
     }
     return;
   }
 #pragma unroll 1
-  for (int first = warp; first < rows; first += kBatch * kEarlyWarps) {
+  for (int first = warp; first < rows; first += kBatch * kWarps) {
     float sums[kBatch] = {};
 #pragma unroll 1
     for (int part = lane; part < PadTo(32, norm.count); part += 32) {
@@ -606,7 +794,7 @@ __device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int w
         unsent = false;
 #pragma unroll
         for (int n = 0; n < kBatch; ++n) {
-          const int row = first + n * kEarlyWarps;
+          const int row = first + n * kWarps;
           v[n] = LoadSent(norm.squares + row * norm.count + part, part < norm.count && row < rows);
           unsent |= SendsActs(8 * kRowTiles) && IsUnsent(v[n]);
         }
@@ -620,7 +808,7 @@ __device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int w
     if (lane == 0) {
 #pragma unroll
       for (int n = 0; n < kBatch; ++n) {
-        const int row = first + n * kEarlyWarps;
+        const int row = first + n * kWarps;
         if (row < rows) factors[row] = rsqrtf(fmaf(sums[n], norm.inverse_width, norm.eps));
       }
     }
@@ -628,23 +816,31 @@ __device__ __forceinline__ void MakeFactors(const RowNorm& norm, int rows, int w
 }
 
 // How often done() of ScanEarly is called.
-inline constexpr int kDones = kRacecheck ? kEarly : 1;
+template <typename T>
+constexpr int Dones(int row_tiles) {
+  return kRacecheck ? 32 * EarlyWarps<T>(row_tiles) : 1;
+}
 
-// What a tile's scan needs neither x nor z for. By the last kEarly computing threads, which make
-// the rows' factors and send B, C and dt; then one half makes the state term and the other log
-// decays and scores, with which the first one helps. done() tells that factors are there.
+// What a tile's scan needs neither x nor z for. By the last EarlyWarps computing warps, which make
+// the rows' factors and send B, C and dt; then four make the state term and four log decays and
+// scores, with which the first ones help. Where there are twelve, the last four make the state term
+// of half the rows, and all weights. done() tells that factors are there.
 template <typename T, int kRowTiles, typename Done>
 __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nodes,
                                           const LayerStore<T>& store, const RowNorm& norm,
                                           float* factors, char* work, const Done& done) {
   constexpr int kRows = 8 * kRowTiles;
   constexpr bool kFew = kRowTiles <= 2;
-  constexpr int kHalf = kEarly / 2, kHalfWarps = kEarlyWarps / 2;
+  constexpr bool kShares = SharesScores<T>(kRowTiles), kHelps = kRowTiles > 1 && !kShares;
+  constexpr int kWarps = EarlyWarps<T>(kRowTiles), kThreads = 32 * kWarps;
+  constexpr int kHalfWarps = 4, kHalf = 32 * kHalfWarps, kParts = kShares ? 2 : 1;
+  static_assert(kWarps == (1 + kParts) * kHalfWarps);
   constexpr int kTermBarrier = 4, kScoreBarrier = 5, kCHereBarrier = 6;
-  const int tid = threadIdx.x - (kConsumers - kEarly);
-  const bool makes_terms = __shfl_sync(0xffffffffu, tid < kHalf, 0);
+  const int tid = threadIdx.x - (kConsumers - kThreads);
+  const int role = __shfl_sync(0xffffffffu, tid / kHalf, 0);  // 1: decays and scores
+  const bool makes_terms = role != 1;
   const int lane = tid % 32, quad = lane % 4, octet = lane / 4;
-  const int warp = tid / 32 % kHalfWarps;  // of its half
+  const int warp = tid / 32 % kHalfWarps;  // of its role
   const int ds = op.padded_d_state, c_stride = RowStride<T>(ds);
   const int channels = op.tile_groups * kGroup;
   const ScanLayout<T> layout(kRows, ds, op.sent_columns, channels);
@@ -665,23 +861,25 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   const float* sent_staged = reinterpret_cast<const float*>(work + layout.packed + packed.sent);
   const float* sent_inputs = reinterpret_cast<const float*>(work + layout.sent_inputs);
   float* sent_raw = reinterpret_cast<float*>(work + layout.sent);
-  MakeFactors<kRowTiles>(norm, rows, tid / 32, factors);
-  SyncWarps<kEarlyBarrier, kEarly>();
+  MakeFactors<kRowTiles, kWarps>(norm, rows, tid / 32, factors);
+  SyncWarps<kEarlyBarrier, kThreads>();
   if (kRacecheck || tid == 0) done();
   if (sends) {
-    SendColumns<T>(op, nodes, store, factors, tid, sent_staged, sent_inputs, sent_raw);
+    SendColumns<T, kThreads>(op, nodes, store, factors, tid, sent_staged, sent_inputs, sent_raw);
   }
   const bool one_checkpoint = nodes.first_checkpoint == nodes.last_checkpoint;
   // Warps that have no groups of channels for terms help with scores of more than 8 rows; of fewer
   // it made passes longer (docs/performance.md).
-  constexpr bool kHelps = kRowTiles > 1;
   const int term_warps = kHelps ? min(kHalfWarps, (tile.groups + 1) / 2) : kHalfWarps;
-  const int score_warps = kEarlyWarps - term_warps;
+  const int score_warps = 2 * kHalfWarps - term_warps;
   const int score_warp = !makes_terms         ? warp
                          : warp >= term_warps ? kHalfWarps + warp - term_warps
                                               : -1;
-  // Eight stored rows of B a warp at a time: of the prefix, then pending ones.
-  constexpr int kRingGroups = kRing / 8;
+  if constexpr (kShares) {
+    // By a warp that may have no groups of channels.
+    if (sends && tid / 32 == kWarps - 1) SendScores<T, kRowTiles>(op, nodes, store);
+  }
+  // A group of stored rows of B a warp at a time.
   RowVector<T> b[kBlocksAhead];
   const auto row_at = [&](int group) {
     const int j = group * 8 + octet;
@@ -694,25 +892,16 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
 #pragma unroll
     for (int k = 0; k < kBlocksAhead; ++k) b[k].LoadSent(from + k * 32, there && k * 32 < ds);
   };
-  int ring_first = 0, ring_groups = 0, all_groups = 0;
-  const auto find_groups = [&] {
-    // Of the prefix those that no node reads are left out.
-    ring_first = nodes.first_checkpoint % kRing / 8;
-    ring_groups = (prefix - nodes.first_checkpoint + 7) / 8;
-    all_groups = ring_groups + (end_rows - kRing + 7) / 8;
-  };
-  if (kHelps) find_groups();
-  const auto group_of = [&](int i) {
-    return i < ring_groups ? (ring_first + i) % kRingGroups : kRingGroups + i - ring_groups;
-  };
+  StoredGroups stored = {};
+  if (kHelps) stored = StoredGroups::Of(nodes);
   // Scores C_i . B_j, and of few rows weights[i][position of j - checkpoint of i] =
   // exp(difference of log decays) * score. Across the segment boundary the first segment's rest
   // and the node's own part are added.
   const auto make_scores = [&] {
     constexpr int kRowBlocks = (kRows + 15) / 16;
 #pragma unroll 1
-    for (int i = score_warp; i < all_groups; i += score_warps) {
-      const int group = group_of(i);
+    for (int i = score_warp; i < stored.all; i += score_warps) {
+      const int group = stored[i];
       const T* from = row_at(group);
       const bool there = group * 8 + octet < end_rows;
       float scores[kRowBlocks][4] = {};
@@ -736,8 +925,8 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
         FragmentB<T> second[kBlocksAhead][2];
 #pragma unroll
         for (int k = 0; k < kBlocksAhead; ++k) SetSecond(second[k], b[k]);
-        if (first + 32 * kBlocksAhead >= ds && i + score_warps < all_groups) {
-          load_rows(group_of(i + score_warps));
+        if (first + 32 * kBlocksAhead >= ds && i + score_warps < stored.all) {
+          load_rows(stored[i + score_warps]);
         }
 #pragma unroll
         for (int k = 0; k < kBlocksAhead; ++k) {
@@ -829,6 +1018,8 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
     // The state term S C_i with the checkpoint that node i reads: a warp has two groups of
     // channels.
     constexpr int kAhead = kRowTiles == 1 ? 3 : 2;  // blocks of 32 states
+    constexpr int kTermTiles = kRowTiles / kParts;
+    const int first_row = role / 2 * kTermTiles * 8;
     const int groups_left = tile.groups - warp * 2;
     StateBlock s[kAhead];
     const auto load_state = [&](int position, int block, StateBlock& to) {
@@ -844,7 +1035,7 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
     };
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) load_state(nodes.first_checkpoint, k, s[k]);
-    {
+    if (role == 0) {
       using SentVectors = SentRows<T, kRowTiles, kHalf>;
       const char* from = op.sent + (b_width + state_column) * static_cast<int>(sizeof(T));
       const int end = rows * (ds / SentVectors::kPer16);
@@ -857,17 +1048,19 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
                      [&](int row, int column) { return c + (row * c_stride + column); });
       }
     }
-    if (score_warp < 0) {
-      ArriveWarps<kCHereBarrier, kEarly>();
+    if constexpr (kShares) {
+      SyncWarps<kTermBarrier, kParts * kHalf>();
+    } else if (score_warp < 0) {
+      ArriveWarps<kCHereBarrier, kThreads>();
       SyncWarps<kTermBarrier, kHalf>();
     } else {
       ArriveWarps<kTermBarrier, kHalf>();
-      SyncWarps<kCHereBarrier, kEarly>();
+      SyncWarps<kCHereBarrier, kThreads>();
     }
 #pragma unroll 1
     for (int position = nodes.first_checkpoint;
          groups_left > 0 && position <= nodes.last_checkpoint; position += kSegment) {
-      float term[kRowTiles][4] = {};
+      float term[kTermTiles][4] = {};
       if (position != nodes.first_checkpoint) {
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) load_state(position, k, s[k]);
@@ -885,13 +1078,13 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
 #pragma unroll
         for (int k = 0; k + 1 < kAhead; ++k) s[k] = s[k + 1];
         load_state(position, block + kAhead, s[kAhead - 1]);
-        constexpr int kInTurn = kRowTiles < 4 ? kRowTiles : 4;
+        constexpr int kInTurn = kTermTiles < 4 ? kTermTiles : 4;
 #pragma unroll
-        for (int i = 0; i < kRowTiles; i += kInTurn) {
+        for (int i = 0; i < kTermTiles; i += kInTurn) {
           RowVector<T> from[kInTurn];
 #pragma unroll
           for (int q = 0; q < kInTurn; ++q) {
-            from[q].Load(c + ((i + q) * 8 + octet) * c_stride + block * 32 + quad * 8);
+            from[q].Load(c + (first_row + (i + q) * 8 + octet) * c_stride + block * 32 + quad * 8);
           }
 #pragma unroll
           for (int step = 0; step < 2; ++step) {
@@ -912,10 +1105,10 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
       }
       float* to = terms + warp * 2 * kGroup + octet;
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
+      for (int i = 0; i < kTermTiles; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int row = i * 8 + quad * 2 + e % 2;
+          const int row = first_row + i * 8 + quad * 2 + e % 2;
           const bool wanted = one_checkpoint || (row < rows && nodes.checkpoint[row] == position);
           if (wanted && e / 2 < groups_left) to[row * layout.stride + e / 2 * kGroup] = term[i][e];
         }
@@ -924,8 +1117,8 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
   } else {
     const int thread = tid - kHalf;
     if (!has_tile) return;
-    if (!kHelps) find_groups();
-    if (score_warp < all_groups) load_rows(group_of(score_warp));
+    if (!kHelps && !kShares) stored = StoredGroups::Of(nodes);
+    if (!kShares && score_warp < stored.all) load_rows(stored[score_warp]);
     {
       const int item = thread ^ (kHalf - 1), row = item / kMostTileHeads, h = item % kMostTileHeads;
       if (row < rows && h < tile.heads) {
@@ -974,17 +1167,25 @@ __device__ __forceinline__ void ScanEarly(const ScanOp& op, const PassNodes& nod
         }
       }
     }
-    SyncWarps<kCHereBarrier, kEarly>();
-    if (!kHelps) make_scores();
+    if constexpr (kShares) {
+      ArriveWarps<kCHereBarrier, kThreads>();
+      SyncWarps<kScoreBarrier, kHalf>();
+    } else {
+      SyncWarps<kCHereBarrier, kThreads>();
+      if (!kHelps) make_scores();
+    }
+  }
+  if constexpr (kShares) {
+    if (makes_terms) SyncWarps<kCHereBarrier, kThreads>();
+    WeightSentScores<T, kRowTiles, kThreads>(op, nodes, work, tile, tid);
   }
   if (kHelps && score_warp >= 0) make_scores();
-  if (kFew) {
-    SyncWarps<kEarlyBarrier, kEarly>();
-    AddPrefix<T, kRowTiles>(op, nodes, work, tile, tid, kEarly);
-  } else if (WeightsEarly(kRowTiles)) {
-    SyncWarps<kEarlyBarrier, kEarly>();
-    WeightScores<T, kRowTiles>(op, nodes, work, tile, tid, kEarly);
+  if constexpr (!kFew && !kShares) {
+    SyncWarps<kEarlyBarrier, kThreads>();
+    WeightScores<T, kRowTiles>(op, nodes, work, tile, tid, kThreads);
   }
+  SyncWarps<kEarlyBarrier, kThreads>();
+  AddPrefix<T, kRowTiles>(op, nodes, work, tile, tid, kThreads);
 }
 
 // x before the convolution, and the gates before activation, of the tile's sums as the product
@@ -1013,6 +1214,35 @@ __device__ __forceinline__ void KeepTile(const ScanOp& op, int rows, const float
       const float factor = factors[row];
       raw[row * layout.stride] = fmaf(factor, sums[n][c], x_bias);
       gates[row * layout.stride] = fmaf(factor, sums[n][2 + c], z_bias);
+    }
+  }
+}
+
+// The same of sums with the rows first: all four warps have some of each group.
+template <typename T, int kRowTiles, int kTiles>
+__device__ __forceinline__ void KeepRows(const ScanOp& op, const float* factors, char* work,
+                                         const float (&sums)[kTiles][4]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int channels = op.tile_groups * kGroup, first_row = warp * 16 + lane / 4;
+  const ScanLayout<T> layout(8 * kRowTiles, op.padded_d_state, op.sent_columns, channels);
+  const int groups = reinterpret_cast<const ScanTile*>(work + layout.packed)->groups;
+  const int channel = lane % 4 * 2, at = first_row * layout.stride + channel;
+  float* raw = reinterpret_cast<float*>(work + layout.raw) + at;
+  float* gates = reinterpret_cast<float*>(work + layout.gate) + at;
+  const float* bias = reinterpret_cast<const float*>(work + layout.conv) + channel;
+  const float factor[2] = {factors[first_row], factors[first_row + 8]};
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const int group = n / 2;
+    if (group >= groups) break;
+    const float2 b = *reinterpret_cast<const float2*>(
+        bias + (n % 2 == 0 ? kXBias : kZBias) * channels + group * kGroup);
+    float* to = (n % 2 == 0 ? raw : gates) + group * kGroup;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      *reinterpret_cast<float2*>(to + half * 8 * layout.stride) =
+          make_float2(fmaf(factor[half], sums[n][half * 2], b.x),
+                      fmaf(factor[half], sums[n][half * 2 + 1], b.y));
     }
   }
 }
@@ -1103,19 +1333,12 @@ __device__ __forceinline__ void ScanLate(const ScanOp& op, const PassNodes& node
     u.Store(pending_u + (nodes.first_pending + row) * channels + dim);
     if (!kStoresLast) store_node(row, dim, u, inputs[0]);
   }
-  if constexpr (kRowTiles > 2 && !WeightsEarly(kRowTiles)) {
-    WeightScores<T, kRowTiles>(op, nodes, work, tile, tid, kConsumers);
-  }
 #pragma unroll 1
   for (int i = tid; i < nodes.first_pending * tile.channels(); i += kConsumers) {
     const int row = i / tile.channels(), dim = i - row * tile.channels();
     pending_u[row * channels + dim] = store.u[(kRing + row) * width + tile.column() + dim];
   }
   SyncThreads<kConsumers>();
-  if constexpr (kRowTiles > 2) {
-    AddPrefix<T, kRowTiles>(op, nodes, work, tile, tid, kConsumers);
-    SyncThreads<kConsumers>();
-  }
 
   // The path sum over the pending nodes, skip, gate and the norm's weights.
 #pragma unroll 1
@@ -1276,8 +1499,11 @@ __device__ __forceinline__ void ScanOne(const ScanOp& op, const PassNodes& nodes
   }
 }
 
+template <int kCount>
+using Tiles = std::integral_constant<int, kCount>;
+
 // The operator: in_proj and all that comes before out_proj. norm: of in_proj's input, whose factors
-// go to shared memory; factored: a barrier for kDones arrivals, used once by each scan.
+// go to shared memory; factored: a barrier for Dones arrivals, used once by each scan.
 template <typename T, int kRowTiles>
 __device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const RowNorm& norm,
                                      const PassNodes& nodes, const LayerStore<T>& store,
@@ -1285,16 +1511,38 @@ __device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const
                                      const RingPlace& place, RingPlace* next_place,
                                      uint64_t* factored, float* factors, char* work) {
   constexpr int kProductBarrier = 7;
+  constexpr bool kRowsFirst = RowsFirst<T>(kRowTiles);
   const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  const int units = __shfl_sync(0xffffffffu, in.TileUnits(), 0);
+  const int units = kRowsFirst ? 1 : __shfl_sync(0xffffffffu, in.TileUnits(), 0);
   const bool has_tile = HasTile(op);
   AwaitActs<T, kRowTiles>(in, first_acts, nodes.rows, ring, place, nullptr);
-  if (group < units) {
-    float sums[kRowTiles][4] = {};
+  const auto sync_product = [&] { SyncWarps<kProductBarrier>(units * 128); };
+  const auto multiply = [&](auto& sums) {
     ConsumeMatmul<T, kRowTiles, /*kOwn=*/true>(in, nodes.rows, ring, place, next_place, nullptr,
                                                sums);
     BarrierWait(factored, op.number & 1);
-    const auto sync_product = [&] { SyncWarps<kProductBarrier>(units * 128); };
+  };
+  if constexpr (kRowsFirst) {
+    if (group == 0) {
+      const auto multiply_rows = [&](auto tiles) {
+        float sums[decltype(tiles)::value][4] = {};
+        multiply(sums);
+        if (!has_tile) return;
+        sync_product();
+        KeepRows<T, kRowTiles>(op, factors, work, sums);
+      };
+      const int blocks = __shfl_sync(0xffffffffu, in.tile_blocks, 0);
+      if (blocks <= 2) {
+        multiply_rows(Tiles<4>());
+      } else if (blocks <= 5) {
+        multiply_rows(Tiles<10>());
+      } else {
+        multiply_rows(Tiles<16>());
+      }
+    }
+  } else if (group < units) {
+    float sums[kRowTiles][4] = {};
+    multiply(sums);
     if constexpr (kRowTiles == 1) {
       if (has_tile && nodes.rows == 1) {
         ScanOne<T>(
@@ -1307,7 +1555,7 @@ __device__ __forceinline__ void Scan(const MatmulOp& in, const ScanOp& op, const
       KeepTile<T, kRowTiles>(op, nodes.rows, factors, work, sums);
     }
   }
-  if (group >= (kConsumerWarps - kEarlyWarps) / 4) {
+  if (group >= (kConsumerWarps - EarlyWarps<T>(kRowTiles)) / 4) {
     ScanEarly<T, kRowTiles>(op, nodes, store, norm, factors, work,
                             [&] { BarrierArrive(factored, 1); });
   }

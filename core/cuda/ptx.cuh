@@ -444,8 +444,8 @@ __device__ inline void LoadTransposed(uint32_t (&m)[4], const void* row) {
                : "memory");
 }
 
-// wgmma: four warps multiply a unit of 64 x 16 with 16 x (8 kRowTiles), both in shared memory as
-// 8 x 8 matrices of 128 bytes, the two of a row of 16 side by side.
+// wgmma: four warps multiply 64 x 16 with 16 x (8 kTiles), both in shared memory as 8 x 8 matrices
+// of 128 bytes, the two of a row of 16 side by side.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define CANOPY_HAS_WGMMA 1
 
@@ -456,18 +456,18 @@ __device__ inline uint64_t WgmmaOperand(const void* at) {
 }
 // d = a b, or d += a b where `add` is not 0. The compiler is not to touch the sums between Begin
 // and End.
-template <int kRowTiles>
-__device__ inline void WgmmaHold(float (&sums)[kRowTiles][4]) {
+template <int kTiles>
+__device__ inline void WgmmaHold(float (&sums)[kTiles][4]) {
 #pragma unroll
-  for (int i = 0; i < kRowTiles * 4; ++i) asm volatile("" : "+f"(sums[i / 4][i % 4])::"memory");
+  for (int i = 0; i < kTiles * 4; ++i) asm volatile("" : "+f"(sums[i / 4][i % 4])::"memory");
 }
-template <int kRowTiles>
-__device__ inline void WgmmaBegin(float (&sums)[kRowTiles][4]) {
+template <int kTiles>
+__device__ inline void WgmmaBegin(float (&sums)[kTiles][4]) {
   WgmmaHold(sums);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-template <int kRowTiles>
-__device__ inline void WgmmaEnd(float (&sums)[kRowTiles][4]) {
+template <int kTiles>
+__device__ inline void WgmmaEnd(float (&sums)[kTiles][4]) {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   WgmmaHold(sums);
@@ -493,6 +493,12 @@ __device__ inline void WgmmaEnd(float (&sums)[kRowTiles][4]) {
 #define CANOPY_WGMMA_B_32 "17"
 #define CANOPY_WGMMA_A_64 "32"
 #define CANOPY_WGMMA_B_64 "33"
+#define CANOPY_WGMMA_ADD_80 "42"
+#define CANOPY_WGMMA_A_80 "40"
+#define CANOPY_WGMMA_B_80 "41"
+#define CANOPY_WGMMA_ADD_128 "66"
+#define CANOPY_WGMMA_A_128 "64"
+#define CANOPY_WGMMA_B_128 "65"
 #define CANOPY_WGMMA_TILE(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 __device__ inline void Wgmma(float (&d)[1][4], uint64_t a, uint64_t b, int add) {
   CANOPY_WGMMA(8, "%0,%1,%2,%3", CANOPY_WGMMA_TILE(0));
@@ -511,6 +517,27 @@ __device__ inline void Wgmma(float (&d)[8][4], uint64_t a, uint64_t b, int add) 
                CANOPY_WGMMA_TILE(0), CANOPY_WGMMA_TILE(1), CANOPY_WGMMA_TILE(2),
                CANOPY_WGMMA_TILE(3), CANOPY_WGMMA_TILE(4), CANOPY_WGMMA_TILE(5),
                CANOPY_WGMMA_TILE(6), CANOPY_WGMMA_TILE(7));
+}
+__device__ inline void Wgmma(float (&d)[10][4], uint64_t a, uint64_t b, int add) {
+  CANOPY_WGMMA(80,
+               "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
+               "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39",
+               CANOPY_WGMMA_TILE(0), CANOPY_WGMMA_TILE(1), CANOPY_WGMMA_TILE(2),
+               CANOPY_WGMMA_TILE(3), CANOPY_WGMMA_TILE(4), CANOPY_WGMMA_TILE(5),
+               CANOPY_WGMMA_TILE(6), CANOPY_WGMMA_TILE(7), CANOPY_WGMMA_TILE(8),
+               CANOPY_WGMMA_TILE(9));
+}
+__device__ inline void Wgmma(float (&d)[16][4], uint64_t a, uint64_t b, int add) {
+  CANOPY_WGMMA(
+      128,
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
+      "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,"
+      "%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,"
+      "%62,%63",
+      CANOPY_WGMMA_TILE(0), CANOPY_WGMMA_TILE(1), CANOPY_WGMMA_TILE(2), CANOPY_WGMMA_TILE(3),
+      CANOPY_WGMMA_TILE(4), CANOPY_WGMMA_TILE(5), CANOPY_WGMMA_TILE(6), CANOPY_WGMMA_TILE(7),
+      CANOPY_WGMMA_TILE(8), CANOPY_WGMMA_TILE(9), CANOPY_WGMMA_TILE(10), CANOPY_WGMMA_TILE(11),
+      CANOPY_WGMMA_TILE(12), CANOPY_WGMMA_TILE(13), CANOPY_WGMMA_TILE(14), CANOPY_WGMMA_TILE(15));
 }
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 

@@ -24,10 +24,11 @@
 // registers at 64 rows; activations sent without a barrier for more than 16 rows; a pause between
 // looks for those that are sent, or two of them under way; a tile's slots dealt to two groups of
 // warps; a batch of wgmma under way while the next is begun; other amounts of weights under way, or
-// more of them while the ring is empty; pieces of 8 KiB and less; slots of 42 KiB from 16 rows on,
-// whose k-steps are those of whole slots of activations; all of K of a few columns in a block by
-// copies of 2 KiB (boxes of a tensor map do, see strip_cuda.cuh); smaller slots of activations for
-// 64 rows, or twice as many.
+// more of them while the ring is empty; pieces of 8 KiB and less; longer slots where there are fewer
+// of them, or from 64 rows on; all of K of a few columns in a block by copies of 2 KiB (boxes of a
+// tensor map do, see strip_cuda.cuh); smaller slots of activations for 32 and 64 rows, or more of
+// them; the rows as wgmma's first operand for 16 and 32 rows; waiting for sent activations slot by
+// slot.
 
 #ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
 #define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
@@ -44,7 +45,8 @@ inline constexpr int kPieces = 2;
 struct RingShape {
   int slots;
   int slot_bytes;
-  int under_way;  // pieces at a time
+  int under_way;         // pieces at a time
+  int longest_slot = 0;  // see Smaller
 
   CANOPY_HOST_DEVICE constexpr int bytes() const { return slots * slot_bytes; }
 };
@@ -52,25 +54,44 @@ inline constexpr int kFullShared = (227 << 10) - kRacecheckShared;
 inline constexpr int kMostRingSlots = 5;
 inline constexpr RingShape kLeastRing = {2, 16 << 10, 2};
 static_assert(kLeastRing.under_way <= kLeastRing.slots * kPieces);
+inline constexpr int kSlotBytes = 32 << 10;
+// The next smaller ring; of the smallest, the same. Slots may be shortened from longest_slot to
+// kSlotBytes before there is one fewer.
+constexpr RingShape Smaller(RingShape ring) {
+  if (ring.longest_slot > 0 && ring.slot_bytes > kSlotBytes) {
+    ring.slot_bytes -= 1 << 10;
+  } else if (ring.slots > 2) {
+    --ring.slots;
+    if (ring.longest_slot > 0) ring.slot_bytes = ring.longest_slot;
+  } else {
+    ring = kLeastRing;
+  }
+  return ring;
+}
 // 128 or 160 KiB of slots (f32 64): up to 22 MB on 132 multiprocessors, five microseconds of an
-// H200's bandwidth, that come while other operators run. Those need the rest of the shared memory,
-// for more rows and in f32 more of it. On devices whose blocks have less than an H200's, and for
-// operators that need more (Smaller), the ring has as much less, down to kLeastRing.
+// H200's bandwidth, that come while other operators run: so where nodes are many, each KiB counts.
+// Those need the rest of the shared memory, for more rows and in f32 more of it. On devices whose
+// blocks have less than an H200's, and for operators that need more (Smaller), the ring has as much
+// less, down to kLeastRing.
 //
 // As much is under way as memory's latency asks for (`latency_bytes`): more makes everybody else
-// wait, which costs most where scans send their values from block to block all the time (`scans`).
-// And it is under way in few large pieces, for a copy has a price of its own.
+// wait, which costs most where scans send their values from block to block all the time (`scans`;
+// `attends`: whether a model has attention, too). And it is under way in few large pieces, for a
+// copy has a price of its own.
 template <typename T>
-constexpr RingShape RingFor(int row_tiles, int shared_bytes, bool scans, int latency_bytes) {
-  RingShape ring = {row_tiles <= 2 ? kMostRingSlots : kMostRingSlots - 1, 32 << 10, 2};
+constexpr RingShape RingFor(int row_tiles, int shared_bytes, bool scans, bool attends,
+                            int latency_bytes) {
+  RingShape ring = {row_tiles <= 2 ? kMostRingSlots : kMostRingSlots - 1, kSlotBytes, 2};
   if (scans && row_tiles == 1) ring = {4, 40 << 10, 2};
-  if (sizeof(T) == 4) ring = {2, 32 << 10, 2};
+  if (scans && row_tiles == 2) ring = {4, 40 << 10, 2, 40 << 10};
+  // Attention of 32 rows needs the memory itself.
+  if (scans && row_tiles == 4 && !attends) ring = {4, 40 << 10, 2, 40 << 10};
+  if (sizeof(T) == 4) ring = {2, kSlotBytes, 2};
   const int piece_bytes = ring.slot_bytes / kPieces;
   if (!scans && latency_bytes >= 5 * piece_bytes / 2) ring.under_way = 3;  // to the nearest piece
-  if (shared_bytes < kFullShared) {
-    ring.slots -= (kFullShared - shared_bytes + ring.slot_bytes - 1) / ring.slot_bytes;
-  }
-  return ring.slots < 2 ? kLeastRing : ring;
+  const int most = ring.bytes() - (kFullShared - shared_bytes);
+  while (ring.bytes() > most && ring.bytes() > kLeastRing.bytes()) ring = Smaller(ring);
+  return ring;
 }
 // Bytes that each of `multiprocessors` must have under way for a bandwidth in bytes a second. The
 // latency is that of a memory at work.
@@ -78,25 +99,24 @@ inline constexpr double kMemorySeconds = 1.2e-6;
 constexpr int LatencyBytes(double bandwidth, int multiprocessors) {
   return static_cast<int>(bandwidth * kMemorySeconds / multiprocessors);
 }
-// The next smaller ring; of the smallest, the same.
-constexpr RingShape Smaller(const RingShape& ring) {
-  if (ring.slots > 2) return {ring.slots - 1, ring.slot_bytes, ring.under_way};
-  return kLeastRing;
-}
-
 // Whether the first activations of a block's run are sent, see kUnsent, and do not wait for a
 // barrier. With more rows everybody who waits for so many of them is in the others' way.
 CANOPY_HOST_DEVICE constexpr bool SendsActs(int bucket_rows) { return bucket_rows <= 16; }
 
 // The ring of activations. Where they are sent each thread fills 16 bytes of a slot (BeginMatmul);
 // copies come in fewer, larger slots, for each has a price of its own.
-inline constexpr int kActRingBytes = 32 << 10;
+// For 16 rows there are three, so that slots of weights have the same number of k-steps (16 of five
+// blocks) and four of those fit.
+inline constexpr int kActRingBytes = 32 << 10;  // at most
 inline constexpr int kMostActSlots = 4;
 CANOPY_HOST_DEVICE constexpr int ActSlots(int row_tiles) {
-  return SendsActs(8 * row_tiles) ? kMostActSlots : 2;
+  return !SendsActs(8 * row_tiles) ? 2 : row_tiles == 2 ? 3 : kMostActSlots;
 }
 CANOPY_HOST_DEVICE constexpr int ActSlotBytes(int row_tiles) {
-  return kActRingBytes / ActSlots(row_tiles);
+  return kActRingBytes / (SendsActs(8 * row_tiles) ? kMostActSlots : 2);
+}
+CANOPY_HOST_DEVICE constexpr int ActBytes(int row_tiles) {
+  return ActSlots(row_tiles) * ActSlotBytes(row_tiles);
 }
 // K-steps of activations in a slot.
 template <typename T>
@@ -369,11 +389,15 @@ struct Ring {
   }
 };
 
-// K-steps of weights in a slot, where whole units are read of every one.
+// K-steps of weights in a slot. Where the last unit of a tile is not whole it is read as if it were.
+// With wgmma that may be memory behind the slot, of which nothing is used; elsewhere it is not.
 template <typename T>
 __device__ inline int SlotSteps(const Ring& ring, int blocks) {
-  return 1 + (ring.shape.slot_bytes - PadTo(kUnitBlocks, blocks) * kBlockBytes<T>) /
-                 (blocks * kBlockBytes<T>);
+  const int step_bytes = blocks * kBlockBytes<T>;
+#ifdef CANOPY_HAS_WGMMA
+  if constexpr (sizeof(T) == 2) return ring.shape.slot_bytes / step_bytes;
+#endif
+  return 1 + (ring.shape.slot_bytes - PadTo(kUnitBlocks, blocks) * kBlockBytes<T>) / step_bytes;
 }
 
 // kStreamThreads threads: stream the weights of this block's run.
@@ -501,6 +525,38 @@ __device__ inline void MultiplySteps(float (&sums)[kRowTiles][4], const float* w
       Multiply(sums[n], a, b);
     }
   }
+}
+
+// Whether an own product takes its 64 rows as the first operand and a tile's outputs as the second.
+// Then four warps are enough for a tile, and tensor cores have less to do where a tile has no whole
+// units. A row's sums are the same bits, which tests compare with those of fewer rows.
+template <typename T>
+constexpr bool RowsFirst(int row_tiles) {
+#ifdef CANOPY_HAS_WGMMA
+  return sizeof(T) == 2 && row_tiles == 8;
+#else
+  return false;
+#endif
+}
+
+// The same with the rows as the first operand, of kTiles / 2 blocks side by side, of which those
+// behind `blocks` are of no use (what they read is of the ring or just behind it): lane l of warp w
+// holds rows 16 w + l / 4 and 8 more of outputs 8 n + 2 (l % 4) and 1 more.
+template <int kRowTiles, int kTiles>
+__device__ inline void MultiplyRows(float (&sums)[kTiles][4], const __nv_bfloat16* weights,
+                                    const __nv_bfloat16* acts, int steps, int blocks, bool fresh) {
+#ifdef CANOPY_HAS_WGMMA
+  WgmmaBegin(sums);
+  uint64_t a = WgmmaOperand(acts), b = WgmmaOperand(weights);
+  int add = fresh ? 0 : 1;
+  for (int step = 0; step < steps; ++step) {
+    Wgmma(sums, a, b, add);
+    add = 1;
+    a += kRowTiles * (256 >> 4);
+    b += blocks * (kBlockBytes<__nv_bfloat16> >> 4);
+  }
+  WgmmaEnd(sums);
+#endif
 }
 
 // The factor of a row and group of columns, by one warp; the same in all lanes. Loads first, so
@@ -689,17 +745,19 @@ __device__ __forceinline__ void AwaitActs(const MatmulOp& op, const FirstActs& f
 // `next` where they are at the end. That must not be `at`, which slower warps may not have read.
 // With kOwn the sums of the last tile, if the block has one, stay in `sums`, and those of early
 // tiles alone are sent: see MultiplySteps.
-template <typename T, int kRowTiles, bool kOwn>
+template <typename T, int kRowTiles, bool kOwn, int kTiles>
 __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, const Ring& first,
                                               const RingPlace& at, RingPlace* next,
-                                              const float* factors, float (&sums)[kRowTiles][4]) {
+                                              const float* factors, float (&sums)[kTiles][4]) {
+  constexpr bool kRowsFirst = kOwn && RowsFirst<T>(kRowTiles);
   // What decides on the way to wgmma must be seen to be the same in a whole warp: hence shuffles.
   const auto uniform = [](auto value) { return __shfl_sync(0xffffffffu, value, 0); };
   const int warp = uniform(threadIdx.x / 32), group = warp / 4;
   const int lane = threadIdx.x % 32;
   const bool with_norm = !kOwn && op.norm.squares != nullptr;
   // Of the warp for itself, or for those of the groups that have no unit as well.
-  const uint32_t arrivals = group == 0 ? kMostTileUnits + 1 - uniform(op.TileUnits()) : 1;
+  const int units = kRowsFirst ? 1 : uniform(op.TileUnits());
+  const uint32_t arrivals = group == 0 ? kMostTileUnits + 1 - units : 1;
   Ring ring = first;
   ring.slot = uniform(at.slot), ring.phase = uniform(at.phase);
   ring.act_slot = uniform(at.act_slot), ring.act_phase = uniform(at.act_phase);
@@ -731,7 +789,7 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
       blocks = uniform(int{part.blocks});
       most = SlotSteps<T>(ring, blocks);
       // A group of warps whose unit the tile does not have computes nothing of use.
-      unit = min(group, (blocks - 1) / kUnitBlocks);
+      unit = kRowsFirst ? 0 : min(group, (blocks - 1) / kUnitBlocks);
       acts_left = 0;
       if (kPlacesFirst) place_sums();
     }
@@ -744,10 +802,13 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
         acts_left = ActSteps<T>(kRowTiles);
       }
       const int steps = min(in_slot, acts_left);
-      MultiplySteps<kRowTiles>(sums, weights,
-                               reinterpret_cast<const T*>(ring.acts()) +
-                                   (ActSteps<T>(kRowTiles) - acts_left) * (kRowTiles * 128),
-                               steps, blocks, fresh);
+      const T* acts = reinterpret_cast<const T*>(ring.acts()) +
+                      (ActSteps<T>(kRowTiles) - acts_left) * (kRowTiles * 128);
+      if constexpr (kRowsFirst) {
+        MultiplyRows<kRowTiles>(sums, weights, acts, steps, blocks, fresh);
+      } else {
+        MultiplySteps<kRowTiles>(sums, weights, acts, steps, blocks, fresh);
+      }
       fresh = false;
       weights += steps * blocks * 256;
       in_slot -= steps;
@@ -761,29 +822,42 @@ __device__ __forceinline__ void ConsumeMatmul(const MatmulOp& op, int rows, cons
     ring.NextWeights();
     if (left > 0) continue;
     end = uniform(int{part.end}) != 0;
-    if (warp >= blocks || part.steps == 0) continue;
+    if ((!kRowsFirst && warp >= blocks) || part.steps == 0) continue;
     if (kOwn && part.column >= op.late_column) continue;
-    const float* group_factors = factors + part.group * kMaxRows + lane % 4 * 2;
-    if (grouped) {
-      if (part.first) Clear(totals);
+    if constexpr (kRowsFirst) {
+      if (!part.last) continue;
+      const int row = warp * 16 + lane / 4, column = part.column + lane % 4 * 2;
+      float* to = op.out + (part.split * op.split_stride + column + row * ld);
 #pragma unroll
-      for (int i = 0; i < kRowTiles * 4; ++i) {
-        const int n = i / 4, e = i % 4;
-        totals[n][e] = fmaf(group_factors[n * 8 + e % 2], sums[n][e], totals[n][e]);
+      for (int i = 0; i < 8; ++i) {
+        const int n = i / 4, half = i / 2 % 2, c = i % 2;
+        Send(to + (half * 8 * ld + n * 8 + c), sums[n][half * 2 + c],
+             row + half * 8 < rows && column + n * 8 + c < op.early_columns);
       }
-    }
-    if (!part.last) continue;
-    if (!kPlacesFirst) place_sums();
+      continue;
+    } else {
+      const float* group_factors = factors + part.group * kMaxRows + lane % 4 * 2;
+      if (grouped) {
+        if (part.first) Clear(totals);
 #pragma unroll
-    for (int n = 0; n < kRowTiles; ++n) {
-      if (n * 8 >= rows) break;
+        for (int i = 0; i < kRowTiles * 4; ++i) {
+          const int n = i / 4, e = i % 4;
+          totals[n][e] = fmaf(group_factors[n * 8 + e % 2], sums[n][e], totals[n][e]);
+        }
+      }
+      if (!part.last) continue;
+      if (!kPlacesFirst) place_sums();
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const bool there = n * 8 + lane % 4 * 2 + c < rows;
-        const float factor = with_norm && !grouped ? group_factors[n * 8 + c] : 1.0f;
-        float* to = out + (n * 8 + c) * ld;
-        Send(to, grouped ? totals[n][c] : factor * sums[n][c], there && outputs > 0);
-        Send(to + 8, grouped ? totals[n][2 + c] : factor * sums[n][2 + c], there && outputs > 8);
+      for (int n = 0; n < kRowTiles; ++n) {
+        if (n * 8 >= rows) break;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const bool there = n * 8 + lane % 4 * 2 + c < rows;
+          const float factor = with_norm && !grouped ? group_factors[n * 8 + c] : 1.0f;
+          float* to = out + (n * 8 + c) * ld;
+          Send(to, grouped ? totals[n][c] : factor * sums[n][c], there && outputs > 0);
+          Send(to + 8, grouped ? totals[n][2 + c] : factor * sums[n][2 + c], there && outputs > 8);
+        }
       }
     }
   }

@@ -71,6 +71,8 @@ std::vector<Case> Cases() {
       {"ssd_wide_heads", {.kind = "ssd", .heads = 3, .head_dim = 72, .d_state = 33, .seed = 13}},
       {"ssd_published_head",
        {.kind = "ssd", .hidden = 256, .heads = 8, .head_dim = 64, .d_state = 128, .seed = 19}},
+      // States are more than a warp loads at once.
+      {"ssd_many_states", {.kind = "ssd", .d_state = 160, .seed = 28}},
       // Pairs of blocks take strips of out_proj, of one group of outputs and of five.
       {"ssd_strips",
        {.kind = "ssd", .hidden = 256, .layers = 4, .heads = 8, .head_dim = 64, .seed = 26}},

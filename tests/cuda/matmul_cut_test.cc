@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "core/ops/matmul_cuda.cuh"
 #include "core/ops/strip_cuda.cuh"
 #include "gtest/gtest.h"
@@ -113,17 +114,21 @@ TEST(MatmulCut, EveryWeightHasItsPlace) {
 }
 
 template <typename T>
-void ExpectRing(int row_tiles, int shared_bytes, bool scans, int slots, int slot_bytes) {
-  const RingShape ring = RingFor<T>(row_tiles, shared_bytes, scans, 0);
-  EXPECT_EQ(ring.slots, slots) << row_tiles << " " << shared_bytes << " " << scans;
-  EXPECT_EQ(ring.slot_bytes, slot_bytes) << row_tiles << " " << shared_bytes << " " << scans;
+void ExpectRing(int row_tiles, int shared_bytes, bool scans, bool attends, int slots,
+                int slot_bytes) {
+  const RingShape ring = RingFor<T>(row_tiles, shared_bytes, scans, attends, 0);
+  const auto which = [&] {
+    return absl::StrCat(row_tiles, " ", shared_bytes, " ", scans, " ", attends);
+  };
+  EXPECT_EQ(ring.slots, slots) << which();
+  EXPECT_EQ(ring.slot_bytes, slot_bytes) << which();
   // A k-step of the widest tile, and room for what products work with.
   EXPECT_GE(ring.slot_bytes, kMostTileUnits * kUnitBytes<T>);
   const int rest = shared_bytes - ring.bytes() - static_cast<int>(sizeof(PassNodes));
   EXPECT_GE(rest, kMatmulWorkBytes);
   // A piece waits for one that was begun before it and is still in the ring, also in smaller ones
   // and with as many under way as there ever are.
-  RingShape smaller = RingFor<T>(row_tiles, shared_bytes, scans, 1 << 20);
+  RingShape smaller = RingFor<T>(row_tiles, shared_bytes, scans, attends, 1 << 20);
   while (true) {
     EXPECT_LE(smaller.under_way, smaller.slots * kPieces);
     EXPECT_EQ(smaller.slot_bytes % (kPieces * 16), 0);
@@ -168,24 +173,41 @@ TEST(Strips, HaveAllColumnsAndThePartsOfRuns) {
 TEST(WeightRing, FollowsTheSharedMemory) {
   constexpr int kLarge = 227 << 10, kMiddle = 163 << 10, kSmall = 99 << 10;
   constexpr int kWhole = 32 << 10, kHalf = 16 << 10, kLong = 40 << 10;
-  ExpectRing<__nv_bfloat16>(1, kLarge, true, 4, kLong);
-  ExpectRing<__nv_bfloat16>(1, kMiddle, true, 2, kLong);
-  ExpectRing<__nv_bfloat16>(1, kLarge, false, 5, kWhole);
-  ExpectRing<__nv_bfloat16>(1, kMiddle, false, 3, kWhole);
-  for (const bool scans : {true, false}) {
-    ExpectRing<__nv_bfloat16>(2, kLarge, scans, 5, kWhole);
-    ExpectRing<__nv_bfloat16>(4, kLarge, scans, 4, kWhole);
-    ExpectRing<__nv_bfloat16>(8, kLarge, scans, 4, kWhole);
-    ExpectRing<__nv_bfloat16>(8, 2 * kLarge, scans, 4, kWhole);
-    ExpectRing<__nv_bfloat16>(8, kMiddle, scans, 2, kWhole);
-    ExpectRing<__nv_bfloat16>(1, kSmall, scans, 2, kHalf);
-    ExpectRing<__nv_bfloat16>(8, kSmall, scans, 2, kHalf);
-    for (const int row_tiles : {1, 2, 4, 8}) {
-      ExpectRing<float>(row_tiles, kLarge, scans, 2, kWhole);
-      ExpectRing<float>(row_tiles, kMiddle, scans, 2, kHalf);
-      ExpectRing<float>(row_tiles, kSmall, scans, 2, kHalf);
+  for (const bool attends : {true, false}) {
+    ExpectRing<__nv_bfloat16>(1, kLarge, true, attends, 4, kLong);
+    ExpectRing<__nv_bfloat16>(1, kMiddle, true, attends, 2, kLong);
+    ExpectRing<__nv_bfloat16>(2, kLarge, true, attends, 4, kLong);
+    ExpectRing<__nv_bfloat16>(2, kMiddle, true, attends, 3, kWhole);
+    ExpectRing<__nv_bfloat16>(4, kLarge, true, attends, 4, attends ? kWhole : kLong);
+    ExpectRing<__nv_bfloat16>(1, kLarge, false, attends, 5, kWhole);
+    ExpectRing<__nv_bfloat16>(1, kMiddle, false, attends, 3, kWhole);
+    ExpectRing<__nv_bfloat16>(2, kLarge, false, attends, 5, kWhole);
+    ExpectRing<__nv_bfloat16>(4, kLarge, false, attends, 4, kWhole);
+    for (const bool scans : {true, false}) {
+      ExpectRing<__nv_bfloat16>(8, kLarge, scans, attends, 4, kWhole);
+      ExpectRing<__nv_bfloat16>(8, 2 * kLarge, scans, attends, 4, kWhole);
+      ExpectRing<__nv_bfloat16>(8, kMiddle, scans, attends, 2, kWhole);
+      ExpectRing<__nv_bfloat16>(1, kSmall, scans, attends, 2, kHalf);
+      ExpectRing<__nv_bfloat16>(8, kSmall, scans, attends, 2, kHalf);
+      for (const int row_tiles : {1, 2, 4, 8}) {
+        ExpectRing<float>(row_tiles, kLarge, scans, attends, 2, kWhole);
+        ExpectRing<float>(row_tiles, kMiddle, scans, attends, 2, kHalf);
+        ExpectRing<float>(row_tiles, kSmall, scans, attends, 2, kHalf);
+      }
     }
   }
+}
+
+// Slots of scans of 16 and 32 rows become shorter before there is one fewer.
+TEST(WeightRing, ShortensSlotsFirst) {
+  RingShape ring = RingFor<__nv_bfloat16>(4, 227 << 10, true, false, 0);
+  for (int slots = 4; slots >= 2; --slots) {
+    for (int bytes = 40 << 10; bytes >= 32 << 10; bytes -= 1 << 10, ring = Smaller(ring)) {
+      EXPECT_EQ(ring.slots, slots);
+      EXPECT_EQ(ring.slot_bytes, bytes);
+    }
+  }
+  EXPECT_EQ(ring.bytes(), kLeastRing.bytes());
 }
 
 // By the nominal bandwidth of an H200 and of an H100, with 132 multiprocessors.
@@ -193,10 +215,10 @@ TEST(WeightRing, HasMorePiecesUnderWayWhereMemoryIsFaster) {
   constexpr int kLarge = 227 << 10;
   const int h200 = LatencyBytes(4.92e12, 132), h100 = LatencyBytes(3.35e12, 132);
   for (const int row_tiles : {1, 2, 4, 8}) {
-    EXPECT_EQ(RingFor<__nv_bfloat16>(row_tiles, kLarge, false, h200).under_way, 3);
-    EXPECT_EQ(RingFor<__nv_bfloat16>(row_tiles, kLarge, false, h100).under_way, 2);
-    EXPECT_EQ(RingFor<__nv_bfloat16>(row_tiles, kLarge, true, h200).under_way, 2);
-    EXPECT_EQ(RingFor<__nv_bfloat16>(row_tiles, kLarge, false, 0).under_way, 2);
+    EXPECT_EQ(RingFor<__nv_bfloat16>(row_tiles, kLarge, false, false, h200).under_way, 3);
+    EXPECT_EQ(RingFor<__nv_bfloat16>(row_tiles, kLarge, false, false, h100).under_way, 2);
+    EXPECT_EQ(RingFor<__nv_bfloat16>(row_tiles, kLarge, true, false, h200).under_way, 2);
+    EXPECT_EQ(RingFor<__nv_bfloat16>(row_tiles, kLarge, false, false, 0).under_way, 2);
   }
 }
 
