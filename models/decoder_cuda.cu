@@ -780,9 +780,8 @@ absl::Status CudaDecoder<T>::Prepare() {
   }
   const int latency_bytes = cuda::LatencyBytes(cuda_.nominal_bandwidth(), cuda_.multiprocessors());
   for (int bucket = 0; bucket < kBuckets; ++bucket) {
-    rings_[bucket] =
-        cuda::RingFor<T>(kBucketRows[bucket] / 8, cuda_.shared_bytes(), HasSsd(),
-                         (mixers_ & cuda::kAttentionMixers) != 0, latency_bytes);
+    rings_[bucket] = cuda::RingFor<T>(kBucketRows[bucket] / 8, cuda_.shared_bytes(), HasSsd(),
+                                      (mixers_ & cuda::kAttentionMixers) != 0, latency_bytes);
   }
   if (WorkBytes(0) < cuda::kMatmulWorkBytes) {
     return absl::FailedPreconditionError(

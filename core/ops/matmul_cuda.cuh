@@ -24,11 +24,11 @@
 // registers at 64 rows; activations sent without a barrier for more than 16 rows; a pause between
 // looks for those that are sent, or two of them under way; a tile's slots dealt to two groups of
 // warps; a batch of wgmma under way while the next is begun; other amounts of weights under way, or
-// more of them while the ring is empty; pieces of 8 KiB and less; longer slots where there are fewer
-// of them, or from 64 rows on; all of K of a few columns in a block by copies of 2 KiB (boxes of a
-// tensor map do, see strip_cuda.cuh); smaller slots of activations for 32 and 64 rows, or more of
-// them; the rows as wgmma's first operand for 16 and 32 rows; waiting for sent activations slot by
-// slot.
+// more of them while the ring is empty; pieces of 8 KiB and less; longer slots where there are
+// fewer of them, or from 64 rows on; all of K of a few columns in a block by copies of 2 KiB (boxes
+// of a tensor map do, see strip_cuda.cuh); smaller slots of activations for 32 and 64 rows, or more
+// of them; the rows as wgmma's first operand for 16 and 32 rows; waiting for sent activations slot
+// by slot.
 
 #ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
 #define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
@@ -54,9 +54,9 @@ inline constexpr int kFullShared = (227 << 10) - kRacecheckShared;
 inline constexpr int kMostRingSlots = 5;
 inline constexpr RingShape kLeastRing = {2, 16 << 10, 2};
 static_assert(kLeastRing.under_way <= kLeastRing.slots * kPieces);
-inline constexpr int kSlotBytes = 32 << 10;
-// The next smaller ring; of the smallest, the same. Slots may be shortened from longest_slot to
-// kSlotBytes before there is one fewer.
+inline constexpr int kSlotBytes = 32 << 10, kLongSlotBytes = 40 << 10;
+// The next smaller ring; of the smallest, the same. Slots are shortened from longest_slot, where it
+// is not 0, to kSlotBytes before there is one fewer.
 constexpr RingShape Smaller(RingShape ring) {
   if (ring.longest_slot > 0 && ring.slot_bytes > kSlotBytes) {
     ring.slot_bytes -= 1 << 10;
@@ -69,23 +69,23 @@ constexpr RingShape Smaller(RingShape ring) {
   return ring;
 }
 // 128 or 160 KiB of slots (f32 64): up to 22 MB on 132 multiprocessors, five microseconds of an
-// H200's bandwidth, that come while other operators run: so where nodes are many, each KiB counts.
-// Those need the rest of the shared memory, for more rows and in f32 more of it. On devices whose
-// blocks have less than an H200's, and for operators that need more (Smaller), the ring has as much
-// less, down to kLeastRing.
+// H200's bandwidth, that come while other operators run. Those need the rest of the shared memory,
+// for more rows and in f32 more of it. On devices whose blocks have less than an H200's, and for
+// operators that need more (Smaller), the ring has as much less, down to kLeastRing: of 16 and 32
+// rows, with which a layer is mostly waiting, by single KiB. `attends`: whether the model has
+// attention, which of 32 rows needs more than a scan.
 //
 // As much is under way as memory's latency asks for (`latency_bytes`): more makes everybody else
-// wait, which costs most where scans send their values from block to block all the time (`scans`;
-// `attends`: whether a model has attention, too). And it is under way in few large pieces, for a
-// copy has a price of its own.
+// wait, which costs most where scans send their values from block to block all the time (`scans`).
+// And it is under way in few large pieces, for a copy has a price of its own.
 template <typename T>
 constexpr RingShape RingFor(int row_tiles, int shared_bytes, bool scans, bool attends,
                             int latency_bytes) {
   RingShape ring = {row_tiles <= 2 ? kMostRingSlots : kMostRingSlots - 1, kSlotBytes, 2};
-  if (scans && row_tiles == 1) ring = {4, 40 << 10, 2};
-  if (scans && row_tiles == 2) ring = {4, 40 << 10, 2, 40 << 10};
-  // Attention of 32 rows needs the memory itself.
-  if (scans && row_tiles == 4 && !attends) ring = {4, 40 << 10, 2, 40 << 10};
+  if (scans && row_tiles == 1) ring = {4, kLongSlotBytes, 2};
+  if (scans && (row_tiles == 2 || (row_tiles == 4 && !attends))) {
+    ring = {4, kLongSlotBytes, 2, kLongSlotBytes};
+  }
   if (sizeof(T) == 4) ring = {2, kSlotBytes, 2};
   const int piece_bytes = ring.slot_bytes / kPieces;
   if (!scans && latency_bytes >= 5 * piece_bytes / 2) ring.under_way = 3;  // to the nearest piece
@@ -104,9 +104,8 @@ constexpr int LatencyBytes(double bandwidth, int multiprocessors) {
 CANOPY_HOST_DEVICE constexpr bool SendsActs(int bucket_rows) { return bucket_rows <= 16; }
 
 // The ring of activations. Where they are sent each thread fills 16 bytes of a slot (BeginMatmul);
-// copies come in fewer, larger slots, for each has a price of its own.
-// For 16 rows there are three, so that slots of weights have the same number of k-steps (16 of five
-// blocks) and four of those fit.
+// copies come in fewer, larger slots, for each has a price of its own. For 16 rows there are three,
+// so that four long slots of weights fit, which have as many k-steps, 16, of tiles of five blocks.
 inline constexpr int kActRingBytes = 32 << 10;  // at most
 inline constexpr int kMostActSlots = 4;
 CANOPY_HOST_DEVICE constexpr int ActSlots(int row_tiles) {
@@ -389,8 +388,9 @@ struct Ring {
   }
 };
 
-// K-steps of weights in a slot. Where the last unit of a tile is not whole it is read as if it were.
-// With wgmma that may be memory behind the slot, of which nothing is used; elsewhere it is not.
+// K-steps of weights in a slot. Where the last unit of a tile is not whole it is read as if it
+// were. With wgmma that may be memory behind the slot, of which nothing is used; elsewhere it is
+// not.
 template <typename T>
 __device__ inline int SlotSteps(const Ring& ring, int blocks) {
   const int step_bytes = blocks * kBlockBytes<T>;
