@@ -25,10 +25,11 @@
 // looks for those that are sent, or two of them under way; a tile's slots dealt to two groups of
 // warps; a batch of wgmma under way while the next is begun; other amounts of weights under way, or
 // more of them while the ring is empty; pieces of 8 KiB and less; longer slots where there are
-// fewer of them, or from 64 rows on; all of K of a few columns in a block by copies of 2 KiB (boxes
+// fewer of them, or for 64 rows; all of K of a few columns in a block by copies of 2 KiB (boxes
 // of a tensor map do, see strip_cuda.cuh); smaller slots of activations for 32 and 64 rows, or more
-// of them; the rows as wgmma's first operand for 16 and 32 rows; waiting for sent activations slot
-// by slot.
+// of them; the rows as wgmma's first operand for 16 and 32 rows; code for
+// several k-steps of wgmma one behind the other; waiting for sent activations slot by slot; a part
+// of a run that begins in the slot in which another one ends.
 
 #ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
 #define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
