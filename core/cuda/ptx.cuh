@@ -500,6 +500,13 @@ __device__ inline void WgmmaEnd(float (&sums)[kTiles][4]) {
 #define CANOPY_WGMMA_A_128 "64"
 #define CANOPY_WGMMA_B_128 "65"
 #define CANOPY_WGMMA_TILE(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define CANOPY_WGMMA_TILES_8(n)                                                     \
+  CANOPY_WGMMA_TILE(n), CANOPY_WGMMA_TILE(n + 1), CANOPY_WGMMA_TILE(n + 2),         \
+      CANOPY_WGMMA_TILE(n + 3), CANOPY_WGMMA_TILE(n + 4), CANOPY_WGMMA_TILE(n + 5), \
+      CANOPY_WGMMA_TILE(n + 6), CANOPY_WGMMA_TILE(n + 7)
+#define CANOPY_WGMMA_LIST_64                                                               \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
+  "%24,%25,%26,%27,%28,%29,%30,%31"
 __device__ inline void Wgmma(float (&d)[1][4], uint64_t a, uint64_t b, int add) {
   CANOPY_WGMMA(8, "%0,%1,%2,%3", CANOPY_WGMMA_TILE(0));
 }
@@ -511,33 +518,18 @@ __device__ inline void Wgmma(float (&d)[4][4], uint64_t a, uint64_t b, int add) 
                CANOPY_WGMMA_TILE(1), CANOPY_WGMMA_TILE(2), CANOPY_WGMMA_TILE(3));
 }
 __device__ inline void Wgmma(float (&d)[8][4], uint64_t a, uint64_t b, int add) {
-  CANOPY_WGMMA(64,
-               "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,"
-               "%23,%24,%25,%26,%27,%28,%29,%30,%31",
-               CANOPY_WGMMA_TILE(0), CANOPY_WGMMA_TILE(1), CANOPY_WGMMA_TILE(2),
-               CANOPY_WGMMA_TILE(3), CANOPY_WGMMA_TILE(4), CANOPY_WGMMA_TILE(5),
-               CANOPY_WGMMA_TILE(6), CANOPY_WGMMA_TILE(7));
+  CANOPY_WGMMA(64, CANOPY_WGMMA_LIST_64, CANOPY_WGMMA_TILES_8(0));
 }
 __device__ inline void Wgmma(float (&d)[10][4], uint64_t a, uint64_t b, int add) {
-  CANOPY_WGMMA(80,
-               "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
-               "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39",
-               CANOPY_WGMMA_TILE(0), CANOPY_WGMMA_TILE(1), CANOPY_WGMMA_TILE(2),
-               CANOPY_WGMMA_TILE(3), CANOPY_WGMMA_TILE(4), CANOPY_WGMMA_TILE(5),
-               CANOPY_WGMMA_TILE(6), CANOPY_WGMMA_TILE(7), CANOPY_WGMMA_TILE(8),
-               CANOPY_WGMMA_TILE(9));
+  CANOPY_WGMMA(80, CANOPY_WGMMA_LIST_64 ",%32,%33,%34,%35,%36,%37,%38,%39", CANOPY_WGMMA_TILES_8(0),
+               CANOPY_WGMMA_TILE(8), CANOPY_WGMMA_TILE(9));
 }
 __device__ inline void Wgmma(float (&d)[16][4], uint64_t a, uint64_t b, int add) {
-  CANOPY_WGMMA(
-      128,
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
-      "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,"
-      "%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,"
-      "%62,%63",
-      CANOPY_WGMMA_TILE(0), CANOPY_WGMMA_TILE(1), CANOPY_WGMMA_TILE(2), CANOPY_WGMMA_TILE(3),
-      CANOPY_WGMMA_TILE(4), CANOPY_WGMMA_TILE(5), CANOPY_WGMMA_TILE(6), CANOPY_WGMMA_TILE(7),
-      CANOPY_WGMMA_TILE(8), CANOPY_WGMMA_TILE(9), CANOPY_WGMMA_TILE(10), CANOPY_WGMMA_TILE(11),
-      CANOPY_WGMMA_TILE(12), CANOPY_WGMMA_TILE(13), CANOPY_WGMMA_TILE(14), CANOPY_WGMMA_TILE(15));
+  CANOPY_WGMMA(128,
+               CANOPY_WGMMA_LIST_64
+               ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,"
+               "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63",
+               CANOPY_WGMMA_TILES_8(0), CANOPY_WGMMA_TILES_8(8));
 }
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 

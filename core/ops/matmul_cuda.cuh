@@ -25,11 +25,11 @@
 // looks for those that are sent, or two of them under way; a tile's slots dealt to two groups of
 // warps; a batch of wgmma under way while the next is begun; other amounts of weights under way, or
 // more of them while the ring is empty; pieces of 8 KiB and less; longer slots where there are
-// fewer of them, or for 64 rows; all of K of a few columns in a block by copies of 2 KiB (boxes
-// of a tensor map do, see strip_cuda.cuh); smaller slots of activations for 32 and 64 rows, or more
-// of them; the rows as wgmma's first operand for 16 and 32 rows; code for
-// several k-steps of wgmma one behind the other; waiting for sent activations slot by slot; a part
-// of a run that begins in the slot in which another one ends.
+// fewer of them, or for 64 rows; all of K of a few columns in a block by copies of 2 KiB (boxes of
+// a tensor map do, see strip_cuda.cuh); smaller slots of activations for 32 and 64 rows, or more of
+// them; the rows as wgmma's first operand for 16 and 32 rows; code for several k-steps of wgmma one
+// behind the other; waiting for sent activations slot by slot; a part of a run that begins in the
+// slot in which another one ends.
 
 #ifndef CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
 #define CANOPY_CORE_OPS_MATMUL_CUDA_CUH_
@@ -55,6 +55,7 @@ inline constexpr int kFullShared = (227 << 10) - kRacecheckShared;
 inline constexpr int kMostRingSlots = 5;
 inline constexpr RingShape kLeastRing = {2, 16 << 10, 2};
 static_assert(kLeastRing.under_way <= kLeastRing.slots * kPieces);
+
 inline constexpr int kSlotBytes = 32 << 10, kLongSlotBytes = 40 << 10;
 // The next smaller ring; of the smallest, the same. Slots are shortened from longest_slot, where it
 // is not 0, to kSlotBytes before there is one fewer.
@@ -69,6 +70,7 @@ constexpr RingShape Smaller(RingShape ring) {
   }
   return ring;
 }
+
 // 128 or 160 KiB of slots (f32 64): up to 22 MB on 132 multiprocessors, five microseconds of an
 // H200's bandwidth, that come while other operators run. Those need the rest of the shared memory,
 // for more rows and in f32 more of it. On devices whose blocks have less than an H200's, and for
@@ -94,12 +96,14 @@ constexpr RingShape RingFor(int row_tiles, int shared_bytes, bool scans, bool at
   while (ring.bytes() > most && ring.bytes() > kLeastRing.bytes()) ring = Smaller(ring);
   return ring;
 }
+
 // Bytes that each of `multiprocessors` must have under way for a bandwidth in bytes a second. The
 // latency is that of a memory at work.
 inline constexpr double kMemorySeconds = 1.2e-6;
 constexpr int LatencyBytes(double bandwidth, int multiprocessors) {
   return static_cast<int>(bandwidth * kMemorySeconds / multiprocessors);
 }
+
 // Whether the first activations of a block's run are sent, see kUnsent, and do not wait for a
 // barrier. With more rows everybody who waits for so many of them is in the others' way.
 CANOPY_HOST_DEVICE constexpr bool SendsActs(int bucket_rows) { return bucket_rows <= 16; }
@@ -467,6 +471,25 @@ __device__ inline void Clear(float (&sums)[kRowTiles][4]) {
   for (int i = 0; i < kRowTiles * 4; ++i) sums[i / 4][i % 4] = 0.0f;
 }
 
+#ifdef CANOPY_HAS_WGMMA
+// sums += a b for `steps` k-steps, from zero where `fresh`; an operand's k-steps lie `a_bytes` or
+// `b_bytes` apart.
+template <int kTiles>
+__device__ inline void WgmmaSteps(float (&sums)[kTiles][4], const void* a_from, int a_bytes,
+                                  const void* b_from, int b_bytes, int steps, bool fresh) {
+  WgmmaBegin(sums);
+  uint64_t a = WgmmaOperand(a_from), b = WgmmaOperand(b_from);
+  int add = fresh ? 0 : 1;
+  for (int step = 0; step < steps; ++step) {
+    Wgmma(sums, a, b, add);
+    add = 1;
+    a += a_bytes >> 4;
+    b += b_bytes >> 4;
+  }
+  WgmmaEnd(sums);
+}
+#endif
+
 // sums += unit x acts for `steps` k-steps, from zero where `fresh`. A warp of the group has 16 of
 // the unit's outputs: lane l of warp w holds outputs 16 w + l / 4 and 8 more of rows 8 n + 2 (l %
 // 4) and 1 more.
@@ -474,16 +497,8 @@ template <int kRowTiles>
 __device__ inline void MultiplySteps(float (&sums)[kRowTiles][4], const __nv_bfloat16* weights,
                                      const __nv_bfloat16* acts, int steps, int blocks, bool fresh) {
 #ifdef CANOPY_HAS_WGMMA
-  WgmmaBegin(sums);
-  uint64_t a = WgmmaOperand(weights), b = WgmmaOperand(acts);
-  int add = fresh ? 0 : 1;
-  for (int step = 0; step < steps; ++step) {
-    Wgmma(sums, a, b, add);
-    add = 1;
-    a += blocks * (kBlockBytes<__nv_bfloat16> >> 4);
-    b += kRowTiles * (256 >> 4);
-  }
-  WgmmaEnd(sums);
+  WgmmaSteps(sums, weights, blocks * kBlockBytes<__nv_bfloat16>, acts, kRowTiles * 256, steps,
+             fresh);
 #else
   if (fresh) Clear(sums);
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
@@ -540,23 +555,15 @@ constexpr bool RowsFirst(int row_tiles) {
 #endif
 }
 
-// The same with the rows as the first operand, of kTiles / 2 blocks side by side, of which those
-// behind `blocks` are of no use (what they read is of the ring or just behind it): lane l of warp w
-// holds rows 16 w + l / 4 and 8 more of outputs 8 n + 2 (l % 4) and 1 more.
+// MultiplySteps with the rows as the first operand, of kTiles / 2 blocks side by side, of which
+// those behind `blocks` are of no use (what they read is of the ring or just behind it): lane l of
+// warp w holds rows 16 w + l / 4 and 8 more of outputs 8 n + 2 (l % 4) and 1 more.
 template <int kRowTiles, int kTiles>
 __device__ inline void MultiplyRows(float (&sums)[kTiles][4], const __nv_bfloat16* weights,
                                     const __nv_bfloat16* acts, int steps, int blocks, bool fresh) {
 #ifdef CANOPY_HAS_WGMMA
-  WgmmaBegin(sums);
-  uint64_t a = WgmmaOperand(acts), b = WgmmaOperand(weights);
-  int add = fresh ? 0 : 1;
-  for (int step = 0; step < steps; ++step) {
-    Wgmma(sums, a, b, add);
-    add = 1;
-    a += kRowTiles * (256 >> 4);
-    b += blocks * (kBlockBytes<__nv_bfloat16> >> 4);
-  }
-  WgmmaEnd(sums);
+  WgmmaSteps(sums, acts, kRowTiles * 256, weights, blocks * kBlockBytes<__nv_bfloat16>, steps,
+             fresh);
 #endif
 }
 
